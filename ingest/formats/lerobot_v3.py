@@ -1,0 +1,141 @@
+"""LeRobot v3.0: many episodes in each parquet and mp4 file."""
+
+import io
+import json
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from ingest.features import Features
+from ingest.files import SourceFiles
+from ingest.formats import lerobot
+from ingest.source import Episode, EpisodeRef, Source, ViewSource, fingerprint
+from lake.errors import SourceMetadataError
+
+_BATCH = 1000
+
+
+def detect(files: SourceFiles) -> bool:
+    """Whether a source is LeRobot v3.0."""
+    return lerobot.version_of(files) == "v3.0"
+
+
+def open_source(files: SourceFiles, feature_map: Mapping[str, str]) -> Source:
+    """Read the metadata.
+
+    Raises:
+        SourceMetadataError: some of it is missing or invalid.
+    """
+    return lerobot.open_lerobot(files, feature_map, "lerobot-v3.0", {"tasks": _tasks(files)})
+
+
+def discover(source: Source) -> Iterator[list[EpisodeRef]]:
+    """Yield the episodes that meta/episodes lists, a batch at a time.
+
+    Raises:
+        SourceMetadataError: a metadata file is missing or damaged, or an index comes twice.
+    """
+    names = [name for name in source.files.find("meta/episodes") if name.endswith(".parquet")]
+    if not names:
+        raise SourceMetadataError(f"{source.files.uri}: meta/episodes holds no parquet file")
+    seen: set[int] = set()
+    states: dict[str, dict[str, str]] = {}
+    for name in names:
+        for records in _batches(source, name):
+            refs = [_ref(source, record, states) for record in records]
+            for ref in refs:
+                if ref.source_index in seen:
+                    raise SourceMetadataError(f"{source.files.uri}: {name} lists episode {ref.source_index} twice")
+                seen.add(ref.source_index)
+            yield refs
+    if not seen:
+        raise SourceMetadataError(f"{source.files.uri}: meta/episodes lists no episode")
+
+
+def read_episode(source: Source, ref: EpisodeRef) -> Episode:
+    """Read an episode's columns.
+
+    Raises:
+        EpisodeError: its parquet file is missing, damaged or has the wrong shape.
+    """
+    locator = json.loads(ref.locator)
+    rows = lerobot.read_rows(source, locator["data"], ref.source_index, many=True)
+    views = tuple(
+        ViewSource(name=name, path=path, start_s=start_s, end_s=end_s)
+        for name, path, start_s, end_s in locator["views"]
+    )
+    return lerobot.assemble(
+        source, rows, index=ref.source_index, declared=ref.num_frames, tasks=locator["tasks"], views=views
+    )
+
+
+def _batches(source: Source, name: str) -> Iterator[list[dict[str, Any]]]:
+    files = source.files
+    chosen: Features = source.meta["chosen"]
+    needed = ["episode_index", "length", "data/chunk_index", "data/file_index"]
+    for _, key in chosen.views:
+        needed += [f"videos/{key}/{part}" for part in ("chunk_index", "file_index", "from_timestamp", "to_timestamp")]
+    try:
+        parquet = pq.ParquetFile(io.BytesIO(files.read_meta(name)))
+        missing = [column for column in needed if column not in parquet.schema_arrow.names]
+        if missing:
+            raise SourceMetadataError(f"{files.uri}: {name} lacks {', '.join(missing)}")
+        columns = [*needed, "tasks"] if "tasks" in parquet.schema_arrow.names else needed
+        for batch in parquet.iter_batches(_BATCH, columns=columns):
+            yield batch.to_pylist()
+    except (pa.ArrowException, OSError) as error:
+        raise SourceMetadataError(f"{files.uri}: {name} is damaged: {str(error)[:200]}") from error
+
+
+def _ref(source: Source, record: dict[str, Any], states: dict[str, dict[str, str]]) -> EpisodeRef:
+    chosen: Features = source.meta["chosen"]
+    index = record["episode_index"]
+    data = lerobot.fill(
+        source.meta["data_path"], chunk_index=record["data/chunk_index"], file_index=record["data/file_index"]
+    )
+    views: list[tuple[str, str, float, float]] = []
+    for name, key in chosen.views:
+        part = {k: record[f"videos/{key}/{k}"] for k in ("chunk_index", "file_index", "from_timestamp", "to_timestamp")}
+        if any(value is None for value in part.values()):
+            raise SourceMetadataError(f"{source.files.uri}: episode {index} has no place in the videos of {key}")
+        path = lerobot.fill(
+            source.meta["video_path"], chunk_index=part["chunk_index"], file_index=part["file_index"], video_key=key
+        )
+        views.append((name, path, part["from_timestamp"], part["to_timestamp"]))
+    known = [[path, _state(source, path, states)] for path in (data, *(view[1] for view in views))]
+    meta = source.meta
+    return EpisodeRef(
+        source_index=index,
+        num_frames=max(0, record["length"] or 0),
+        fingerprint=fingerprint(
+            source.format, source.fps, source.embodiment, str(meta["chosen"]), str(meta["features"]), record, known
+        ),
+        locator=json.dumps({"data": data, "views": views, "tasks": record.get("tasks") or []}),
+    )
+
+
+def _state(source: Source, path: str, states: dict[str, dict[str, str]]) -> str | None:
+    """Return a file's state; a folder is listed when it first comes up, the last few are kept."""
+    folder = path.rpartition("/")[0]
+    if folder not in states:
+        if len(states) > 64:
+            states.clear()
+        states[folder] = source.files.states(folder)
+    return states[folder].get(path)
+
+
+def _tasks(files: SourceFiles) -> dict[int, str]:
+    """Return task texts by index; LeRobot keeps the text as the table's index."""
+    if not files.exists("meta/tasks.parquet"):
+        return {}
+    try:
+        table = pq.read_table(io.BytesIO(files.read_meta("meta/tasks.parquet")))
+    except (pa.ArrowException, OSError) as error:
+        raise SourceMetadataError(f"{files.uri}: meta/tasks.parquet is damaged: {str(error)[:200]}") from error
+    texts = [name for name in ("task", "__index_level_0__") if name in table.column_names]
+    if not texts or "task_index" not in table.column_names:
+        raise SourceMetadataError(f"{files.uri}: meta/tasks.parquet has {table.column_names}, expected task_index and task")
+    indices = table.column("task_index").to_pylist()
+    return {index: str(text) for index, text in zip(indices, table.column(texts[0]).to_pylist(), strict=True)}

@@ -1,0 +1,1 @@
+"""Jobs: what people submit, schedule and run, one file each."""

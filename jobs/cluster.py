@@ -1,0 +1,27 @@
+"""Connecting a job to Ray: the cluster it was submitted to, or one of its own."""
+
+import logging
+import os
+import warnings
+
+import ray
+
+
+def connect(*, num_cpus: int | None = None, dashboard: bool = False) -> None:
+    """Connect to the cluster of RAY_ADDRESS, or start one on this machine.
+
+    Args:
+        num_cpus: of a cluster started here; None means all.
+        dashboard: whether a cluster started here has one, on loopback.
+    """
+    if ray.is_initialized():
+        return
+    logging.getLogger("ray.data").setLevel(logging.WARNING)
+    os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
+    if os.environ.get("RAY_ADDRESS"):
+        ray.init()
+        return
+    with warnings.catch_warnings():
+        # Ray forks to start its own processes, which use no Lance.
+        warnings.filterwarnings("ignore", message="lance is not fork-safe")
+        ray.init("local", num_cpus=num_cpus, include_dashboard=dashboard, log_to_driver=False)

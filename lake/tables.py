@@ -1,0 +1,176 @@
+"""Opening, creating and appending to the Lance tables of a lake."""
+
+import time
+from collections.abc import Callable, Iterable
+from typing import Any, TypeVar
+
+import lance
+import pyarrow as pa
+from lance import LanceDataset, LanceOperation
+from lance.fragment import FragmentMetadata
+
+from lake.errors import CommitUnknownError, LakeDamagedError
+from lake.schema import FRAMES, STORAGE_VERSION, TABLES, empty_table
+from lake.storage import Storage, store_error
+
+T = TypeVar("T")
+
+_RETRIES = 8
+_RETRYABLE = ("conflict", "unknown", "Retryable", "too many", "error sending request", "timed out", "500")
+
+
+def open_table(storage: Storage, table: str, version: int | str | None = None) -> LanceDataset:
+    """Open a table at a version, a tag, or its newest state.
+
+    Raises:
+        LakeDamagedError: the table, or that version of it, is not there.
+        StoreError: the storage does not answer.
+    """
+    uri = storage.table_uri(table)
+    try:
+        return lance.dataset(uri, version=version, storage_options=storage.lance_options())
+    except (ValueError, OSError) as error:
+        if "not found" in str(error).lower():
+            raise LakeDamagedError(f"{uri}: table or version {version} is missing: {str(error)[:300]}") from error
+        raise store_error(uri, error) from error
+
+
+def create_table(storage: Storage, table: str) -> None:
+    """Create an empty table; one that exists is left as it is."""
+    schema = TABLES.get(table, FRAMES)
+    uri = storage.table_uri(table)
+    try:
+        lance.write_dataset(
+            empty_table(schema),
+            uri,
+            schema=schema,
+            mode="create",
+            storage_options=storage.lance_options(),
+            enable_stable_row_ids=True,
+            data_storage_version=STORAGE_VERSION,
+        )
+    except OSError as error:
+        if "already exists" not in str(error).lower():
+            raise store_error(uri, error) from error
+
+
+def append_fragments(
+    storage: Storage, table: str, fragments: list[FragmentMetadata], base_version: int, properties: dict[str, str]
+) -> dict[str, int]:
+    """Append fragments unless they are there, and say where their rows begin.
+
+    Lance's Append is not idempotent, so the table itself is asked first, and again
+    after an outcome that is not known. Two committers may still both append the
+    same fragments: the copies have row ids of their own and the index of episodes
+    names one of them.
+
+    Args:
+        base_version: a version that is older than any commit of these fragments.
+
+    Returns:
+        First stable row id by the path of a fragment's data file.
+    """
+    first_rows: dict[str, int] = {}
+    for attempt in range(_RETRIES):
+        dataset = open_table(storage, table)
+        first_rows |= _find(dataset, {_path(f) for f in fragments} - first_rows.keys(), base_version)
+        missing = [f for f in fragments if _path(f) not in first_rows]
+        if not missing:
+            return first_rows
+        transaction = lance.Transaction(
+            read_version=dataset.version,
+            operation=LanceOperation.Append(missing),
+            transaction_properties=properties,
+        )
+        try:
+            lance.LanceDataset.commit(dataset, transaction, storage_options=storage.lance_options())
+        except (OSError, RuntimeError) as error:
+            _wait_or_raise(storage.table_uri(table), error, attempt)
+    raise CommitUnknownError(f"{storage.table_uri(table)}: the append could not be confirmed in {_RETRIES} tries")
+
+
+def merge_new(storage: Storage, table: str, rows: pa.Table) -> int:
+    """Insert the rows whose primary key is new.
+
+    This is the compare-and-swap of the protocol: of two concurrent merges of one
+    key, one inserts and the other finds it there. Repeating it changes nothing.
+
+    Returns:
+        How many rows this call inserted, as far as known: a repeat after a lost
+        reply counts none.
+    """
+    key = rows.schema.names[0]
+
+    def merge() -> int:
+        dataset = open_table(storage, table)
+        outcome = dataset.merge_insert(key).when_not_matched_insert_all().execute(rows)
+        return int(outcome["num_inserted_rows"])
+
+    return retried(storage.table_uri(table), merge)
+
+
+def delete_rows(storage: Storage, table: str, where: str) -> None:
+    """Delete rows by an SQL condition."""
+    retried(storage.table_uri(table), lambda: open_table(storage, table).delete(where))
+
+
+def retried(uri: str, action: Callable[[], T]) -> T:
+    """Run an idempotent action again after conflicts, lost replies and passing faults."""
+    for attempt in range(_RETRIES):
+        try:
+            return action()
+        except (OSError, RuntimeError) as error:
+            _wait_or_raise(uri, error, attempt)
+    raise CommitUnknownError(f"{uri}: no outcome could be confirmed in {_RETRIES} tries")
+
+
+def quoted(values: Iterable[str]) -> str:
+    """Return values as the inside of an SQL ``IN (...)``."""
+    return ", ".join("'" + value.replace("'", "''") + "'" for value in values)
+
+
+def _find(dataset: LanceDataset, paths: set[str], base_version: int) -> dict[str, int]:
+    """Return the first row ids of those data files that were ever committed."""
+    found = _fragments_by_path(dataset, paths)
+    for version in range(base_version + 1, dataset.version + 1):
+        if found.keys() >= paths:
+            break
+        transaction = _transaction(dataset, version)
+        if not isinstance(transaction, lance.Transaction):
+            continue
+        operation = transaction.operation
+        if isinstance(operation, LanceOperation.Append) and {_path(f) for f in operation.fragments} & paths:
+            # Compaction has rewritten them since; stable row ids are the same as then.
+            found |= _fragments_by_path(dataset.checkout_version(version), paths - found.keys())
+    return found
+
+
+def _transaction(dataset: LanceDataset, version: int) -> Any:
+    try:
+        return dataset.read_transaction(version)
+    except (OSError, ValueError):
+        return None  # Cleaned away. Appending again is then harmless: nothing names the other copy.
+
+
+def _fragments_by_path(dataset: LanceDataset, paths: set[str]) -> dict[str, int]:
+    found: dict[str, int] = {}
+    if not paths:
+        return found
+    for fragment in reversed(dataset.get_fragments()):
+        path = _path(fragment.metadata)
+        if path in paths and path not in found:
+            batch = fragment.scanner(columns=[], with_row_id=True, limit=1).to_table()
+            found[path] = batch.column("_rowid")[0].as_py()
+            if len(found) == len(paths):
+                break
+    return found
+
+
+def _path(fragment: FragmentMetadata) -> str:
+    return fragment.files[0].path
+
+
+def _wait_or_raise(uri: str, error: Exception, attempt: int) -> None:
+    if not any(word.lower() in str(error).lower() for word in _RETRYABLE) or attempt == _RETRIES - 1:
+        raise store_error(uri, error) from error
+    time.sleep(min(5.0, 0.05 * 2**attempt))

@@ -1,0 +1,1 @@
+"""Serving: from a checkpoint to a policy, and its evaluation."""

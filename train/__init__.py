@@ -1,0 +1,1 @@
+"""Training: from a release of the lake to a checkpoint."""
