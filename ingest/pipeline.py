@@ -8,11 +8,9 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
-import ray
-import ray.data
-from ray.exceptions import RayTaskError
 
 from ingest.formats import format_of
+from ingest.parallel import blocks_of, rows_of
 from ingest.plan import (
     REF_SCHEMA,
     Discovered,
@@ -96,7 +94,6 @@ def ingest(lake: Lake, source: Source, profile: Profile, limits: Limits, progres
         StoreError: the storage failed; run it again, nothing is lost or doubled.
         LakeDamagedError: what was written does not read back as it was.
     """
-    ray.data.DataContext.get_current().enable_progress_bars = False
     storage, name = lake.storage, profile.source_name
     known = known_episodes(storage, name)
     so_far = Discovered()
@@ -160,7 +157,7 @@ class _Run:
 
         by_index = {ref.source_index: ref for ref in _refs(refs)}
         rejected: list[Rejected] = []
-        for row in _rows(_blocks(refs), digest, "DigestEpisodes"):
+        for row in rows_of(blocks_of(refs, BLOCK_EPISODES), digest, "DigestEpisodes"):
             ref = by_index[row["source_index"]]
             self.progress.digested += 1
             if row["digest"] is not None:
@@ -211,7 +208,7 @@ class _Run:
         blocks = [plan.slice(first, end - first) for first, end in zip(starts, ends, strict=True)]
         waiting: list[TaskResult] = []
         since = time.monotonic()
-        for row in _rows(blocks, decode, "DecodeEpisodes"):
+        for row in rows_of(blocks, decode, "DecodeEpisodes"):
             waiting.append(TaskResult.from_json(row["result"]))
             if len(waiting) >= COMMIT_TASKS or time.monotonic() - since > COMMIT_SECONDS:
                 self._commit(waiting)
@@ -259,7 +256,7 @@ def check_new(lake: Lake) -> None:
         problems = [asdict(problem) for problem in check_contents(tables, block)]
         return pa.Table.from_pylist(problems, _PROBLEM)
 
-    problems = list(_rows(_blocks(index), check, "CheckEpisodes")) if index.num_rows else []
+    problems = list(rows_of(blocks_of(index, BLOCK_EPISODES), check, "CheckEpisodes")) if index.num_rows else []
     if problems:
         bad = sorted({problem["episode_uid"] for problem in problems})
         delete_rows(storage, "episodes", f"episode_uid IN ({quoted(bad)})")
@@ -277,28 +274,6 @@ _DIGESTED = pa.schema(
 )
 
 
-def _rows(blocks: list[pa.Table], function: Callable[[pa.Table], pa.Table], name: str) -> Iterator[dict[str, Any]]:
-    """Run a function over blocks on the cluster, one task a block, and yield its rows as they come.
-
-    Our own errors come back as they were raised, not wrapped by Ray.
-    """
-    function.__name__ = function.__qualname__ = name
-    dataset = ray.data.from_arrow(blocks).map_batches(function, batch_size=None, batch_format="pyarrow", num_cpus=1)
-    dataset.set_name(name)
-    try:
-        for block in dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
-            yield from block.to_pylist()
-    except RayTaskError as error:
-        raise _cause(error) from None
-
-
-def _cause(error: BaseException) -> BaseException:
-    """Return what a task raised, out of the wraps that Ray put around it."""
-    while isinstance(error, RayTaskError) and isinstance(error.cause, BaseException):
-        error = error.cause
-    return error
-
-
 def _digested(source: Source, ref: EpisodeRef) -> dict[str, Any]:
     try:
         return {"source_index": ref.source_index, "digest": digest_episode(source, ref)}
@@ -308,13 +283,6 @@ def _digested(source: Source, ref: EpisodeRef) -> dict[str, Any]:
 
 def _refs(block: pa.Table) -> list[EpisodeRef]:
     return [EpisodeRef(**row) for row in block.to_pylist()]
-
-
-def _blocks(rows: pa.Table) -> list[pa.Table]:
-    """Cut rows into blocks, so that all CPUs get several."""
-    cpus = int(ray.cluster_resources().get("CPU", 1))
-    size = max(1, min(BLOCK_EPISODES, rows.num_rows // (4 * cpus)))
-    return [rows.slice(start, size) for start in range(0, rows.num_rows, size)]
 
 
 def _remember(storage: Storage, name: str, sighted: list[tuple[str, str]]) -> None:

@@ -158,7 +158,7 @@ def _window(stream: "VideoStream", start_s: float, end_s: float | None, fps: flo
     origin, half_frame_s = stream.start_time or 0, 1 / (2 * rate)
     low = origin + ceil((Fraction(start_s) - half_frame_s) / stream.time_base)
     high = _FOREVER if end_s is None else origin + ceil((Fraction(end_s) - half_frame_s) / stream.time_base)
-    return _Window(low, high, origin + int(start_s / stream.time_base) if start_s else None)
+    return _Window(low, high, origin + int(Fraction(start_s) / stream.time_base) if start_s else None)
 
 
 def _timed_packets(container: "InputContainer", stream: "VideoStream", name: str) -> Iterator["Packet"]:
@@ -295,7 +295,7 @@ def _nal_length_bytes(stream: "VideoStream") -> int:
     return (extradata[at] & 3) + 1 if extradata[:1] == b"\1" and at < len(extradata) else 0
 
 
-def _coded_bytes(payload: bytes, codec: str | None, length_bytes: int) -> bytes:
+def _coded_bytes(payload: bytes, codec: str, length_bytes: int) -> bytes:
     """Return a packet without parameter sets and delimiters, each NAL unit behind its length in four bytes.
 
     Where H.264 files are concatenated, FFmpeg copies the parameter sets from their heads into their packets.

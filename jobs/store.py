@@ -6,7 +6,6 @@ Never a place for data that matters.
 
 import contextlib
 import fcntl
-import json
 import os
 import secrets
 import shutil
@@ -15,7 +14,6 @@ import socket
 import subprocess
 import sys
 import sysconfig
-import tempfile
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -25,10 +23,10 @@ from pathlib import Path
 from typing import IO, Any
 
 import obstore
-import tyro
 from obstore.exceptions import BaseError, PermissionDeniedError, UnauthenticatedError
 from obstore.store import S3Store
 
+from jobs.command import main_of
 from lake.errors import StoreUnreachableError
 
 HOST = "127.0.0.1"
@@ -282,7 +280,7 @@ def _stop(process: subprocess.Popen[bytes], ports: list[int]) -> None:
         process.kill()
         process.wait()
     for name, port in zip(_SERVERS, ports[1::2], strict=True):
-        Path(tempfile.gettempdir(), f"seaweedfs-{name}-grpc-{port}.sock").unlink(missing_ok=True)
+        Path(f"/tmp/seaweedfs-{name}-grpc-{port}.sock").unlink(missing_ok=True)
 
 
 def _log_tail(directory: Path) -> str:
@@ -291,23 +289,23 @@ def _log_tail(directory: Path) -> str:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class StoreConfig:
+class Config:
     """Run an S3 store on loopback until Ctrl-C, and print the variables by which clients find it."""
 
     dir: Path
-    """Directory for the store's data; made if missing, kept afterwards."""
-
+    """Directory of the store's data; made where there is none, kept afterwards."""
     bucket: str = "lake"
     """Bucket that is made at the start."""
 
 
-def run(config: StoreConfig) -> dict[str, object]:
-    """Run the store until this process gets SIGINT or SIGTERM, or the server ends; return what ran.
+def run(config: Config) -> dict[str, Any]:
+    """Run the store until this process gets SIGINT or SIGTERM; return what the job's last line says.
 
     Raises:
         StoreUnreachableError: the server did not start, or ended by itself.
     """
-    started_s = time.monotonic()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    began = time.monotonic()
     with local_store(config.dir, bucket=config.bucket) as store:
         assert store.pid is not None
         for name, value in store.environment().items():
@@ -315,21 +313,11 @@ def run(config: StoreConfig) -> dict[str, object]:
         try:
             os.waitid(os.P_PID, store.pid, os.WEXITED | os.WNOWAIT)
         except KeyboardInterrupt:
-            return {
-                "job": "store",
-                "endpoint": store.endpoint,
-                "bucket": store.bucket,
-                "dir": str(config.dir),
-                "up_s": round(time.monotonic() - started_s, 1),
-            }
+            return {"endpoint": store.endpoint, "seconds": round(time.monotonic() - began, 3)}
     raise StoreUnreachableError(f"seaweedfs ended by itself; its log ends:\n{_log_tail(config.dir)}")
 
 
-def main() -> None:
-    """Run the job from the command line."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    print(json.dumps(run(tyro.cli(StoreConfig, prog="python -m jobs.store"))))
-
+main = main_of(Config, run)
 
 if __name__ == "__main__":
     main()

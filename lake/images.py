@@ -30,7 +30,8 @@ def fitted_size(width: int, height: int, longer_side: int) -> tuple[int, int]:
     longest = max(width, height)
     if longest <= longer_side:
         return width, height
-    return tuple(max(1, (2 * side * longer_side + longest) // (2 * longest)) for side in (width, height))
+    fitted = [max(1, (2 * side * longer_side + longest) // (2 * longest)) for side in (width, height)]
+    return fitted[0], fitted[1]
 
 
 def rgb_of_frame(frame: "VideoFrame", longer_side: int, reformatter: "VideoReformatter | None" = None) -> np.ndarray:

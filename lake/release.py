@@ -49,18 +49,10 @@ class Release:
         Raises:
             ValueError: an unknown column or a condition that cannot be parsed.
         """
-        table = _scan(self._open("episodes"), where, ["source", "source_index", "episode_uid"])
-        order = pc.sort_indices(
-            table, sort_keys=[("source", "ascending"), ("source_index", "ascending"), ("episode_uid", "ascending")]
-        )
-        if columns is not None and set(columns) <= set(table.column_names):
-            return table.take(order).select(list(columns))
-        uids = table.column("episode_uid").take(order)
-        # The order costs three narrow columns; the asked ones are read once.
-        asked = _scan(self._open("episodes"), where, None if columns is None else [*columns, "episode_uid"])
-        by_uid = pc.index_in(uids.combine_chunks(), asked.column("episode_uid").combine_chunks())
-        result = asked.take(by_uid)
-        return result if columns is None else result.select(list(columns))
+        order = ["source", "source_index", "episode_uid"]
+        asked = list(columns) if columns is not None else self._open("episodes").schema.names
+        table = _scan(self._open("episodes"), where, [*asked, *(name for name in order if name not in asked)])
+        return table.sort_by([(name, "ascending") for name in order]).select(asked)
 
     def frames(
         self,

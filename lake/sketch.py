@@ -101,10 +101,16 @@ class Sketch:
         Raises:
             ValueError: the columns do not make a sketch.
         """
-        types = dict.fromkeys(("mean", "m2", "min", "max"), np.float64)
-        types |= {"bucket_offsets": np.int32, "bucket_keys": np.int32, "bucket_counts": np.int64}
-        arrays = {name: np.asarray(columns[name], dtype) for name, dtype in types.items()}
-        sketch = cls(count=int(columns["count"]), **arrays)
+        sketch = cls(
+            count=int(columns["count"]),
+            mean=np.asarray(columns["mean"], np.float64),
+            m2=np.asarray(columns["m2"], np.float64),
+            min=np.asarray(columns["min"], np.float64),
+            max=np.asarray(columns["max"], np.float64),
+            bucket_offsets=np.asarray(columns["bucket_offsets"], np.int32),
+            bucket_keys=np.asarray(columns["bucket_keys"], np.int32),
+            bucket_counts=np.asarray(columns["bucket_counts"], np.int64),
+        )
         if not _is_sound(sketch):
             raise ValueError(f"these columns are no sketch: {sketch}")
         return sketch

@@ -176,13 +176,14 @@ class _Handler(BaseHTTPRequestHandler):
     The base class answers ``Expect: 100-continue`` and keeps the connection open between requests.
     """
 
-    server: _Server
     protocol_version = "HTTP/1.1"
     disable_nagle_algorithm = True
     wbufsize = PIECE_BYTES
 
     def setup(self) -> None:
         super().setup()
+        assert isinstance(self.server, _Server)
+        self.proxy = self.server.proxy
         self.upstream = http.client.HTTPConnection(*self.server.store, timeout=60)
 
     def finish(self) -> None:
@@ -205,7 +206,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _relay(self) -> None:
         """Handle one request."""
-        proxy = self.server.proxy
+        proxy = self.proxy
         body = self._read_body()
         action = proxy.decide(self.command, self.path)
         if action == "refuse":
@@ -306,7 +307,8 @@ def s3_proxy(store: Store) -> Iterator[S3Proxy]:
     A client reaches it as ``dataclasses.replace(store, endpoint=proxy.endpoint)``.
     """
     address = urlsplit(store.endpoint)
-    assert address.scheme == "http" and address.hostname and address.port, store.endpoint
+    if not address.hostname or not address.port:
+        raise ValueError(f"the proxy stands in front of http://host:port, not {store.endpoint}")
     server = _Server((address.hostname, address.port), store.secret_key)
     accepting = threading.Thread(target=server.serve_forever, args=(0.05,), name="s3-proxy")
     accepting.start()

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -100,7 +101,7 @@ def _measure(config: Config, folder: Path) -> Iterator[Row]:
         yield row
 
 
-def _time(path: Path, clip: Clip, backend: str, longer_side: int, **about: str | int) -> Row:
+def _time(path: Path, clip: Clip, backend: str, longer_side: int, **about: Any) -> Row:
     next(decode_clip(path, clip=clip, longer_side=longer_side, backend=backend))  # Loads the library.
     began_wall, began = time.perf_counter(), time.process_time()
     jpeg_cpu_s = 0.0
