@@ -11,7 +11,8 @@ from heapq import heappop, heappush
 from importlib import import_module
 from itertools import chain
 from os import PathLike, fspath
-from typing import TYPE_CHECKING, BinaryIO
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 
@@ -58,20 +59,20 @@ def open_video(source: Source) -> Iterator[tuple["InputContainer", "VideoStream"
         FileNotFoundError: no file at this path.
     """
     import av
+    from av.error import FFmpegError
+    from av.stream import Disposition
 
     name = name_of(source)
     with ExitStack() as stack:
         # FFmpeg never sees a path: in its eyes one may be an address, or a list of other files.
-        is_path = isinstance(source, str | PathLike)
-        file = stack.enter_context(open(source, "rb")) if is_path else source
+        file = stack.enter_context(Path(source).open("rb")) if isinstance(source, str | PathLike) else source
         _check_file(file, name)
         try:
             container = av.open(file, "r", options=_LIMITS, metadata_errors="replace", buffer_size=_READ_BYTES)
-        except av.error.FFmpegError as error:
+        except FFmpegError as error:
             raise EpisodeError("video-undecodable", f"{name} is no mp4, mov, mkv or webm video: {error}") from error
         stack.enter_context(container)
-        covers = av.stream.Disposition.attached_pic
-        streams = [stream for stream in container.streams.video if not stream.disposition & covers]
+        streams = [stream for stream in container.streams.video if not stream.disposition & Disposition.attached_pic]
         if not streams:
             raise EpisodeError("video-undecodable", f"{name} has no video stream")
         _check_stream(streams[0], name)
@@ -89,7 +90,7 @@ def read_packets(container: "InputContainer", stream: "VideoStream", name: str) 
     Raises:
         EpisodeError: video-truncated where the file ends inside a packet or its index points outside.
     """
-    import av
+    from av.error import FFmpegError
 
     try:
         for packet in container.demux(stream):
@@ -97,7 +98,7 @@ def read_packets(container: "InputContainer", stream: "VideoStream", name: str) 
                 raise EpisodeError("video-truncated", f"{name} ends inside a packet; copy or download it again")
             if packet.size:
                 yield packet
-    except av.error.FFmpegError as error:
+    except FFmpegError as error:
         raise EpisodeError("video-truncated", f"{name} ends early or has a damaged index: {error}") from error
 
 
@@ -115,7 +116,7 @@ def decode_pyav(
     Raises:
         EpisodeError: video-truncated or video-undecodable.
     """
-    import av
+    from av.error import FFmpegError
     from av.video.reformatter import VideoReformatter
 
     name, reformatter, due, at = name_of(source), VideoReformatter(), [], 0
@@ -128,7 +129,7 @@ def decode_pyav(
                 heappush(due, packet.pts)
             try:
                 frames = context.decode(packet)
-            except av.error.FFmpegError as error:
+            except FFmpegError as error:
                 raise EpisodeError("video-undecodable", f"{name} breaks after frame {at}: {error}") from error
             for frame in frames:
                 if not due or heappop(due) != frame.pts:
@@ -158,7 +159,7 @@ def decode_torchcodec(
     width, height = size
     step = max(1, min(16, MAX_PIXELS // (width * height)))
     try:
-        video = source if hasattr(source, "read") else fspath(source)
+        video: Any = fspath(source) if isinstance(source, str | PathLike) else source
         decoder = VideoDecoder(video, dimension_order="NHWC", num_ffmpeg_threads=1, seek_mode="exact")
     except (RuntimeError, ValueError) as error:
         raise EpisodeError("video-undecodable", f"{name}: torchcodec cannot open it: {error}") from error
@@ -186,7 +187,7 @@ def decode_decord(
 
     name = name_of(source)
     try:
-        video = source if hasattr(source, "read") else fspath(source)
+        video = fspath(source) if isinstance(source, str | PathLike) else source
         reader = decord.VideoReader(video, ctx=decord.cpu(0), num_threads=1)
     except (decord.DECORDError, RuntimeError) as error:
         raise EpisodeError("video-undecodable", f"{name}: decord cannot open it: {error}") from error
@@ -265,12 +266,13 @@ def _check_boxes(file: BinaryIO, num_bytes: int, name: str) -> None:
         elif length == 0:
             length = num_bytes - at
         if length < 8 or at + length > num_bytes:
-            if {b"moov", b"mdat"} <= found:
+            if {b"moov", b"mdat"} <= found and kind not in (b"moov", b"moof", b"mdat"):
                 return  # Only what some writers leave behind the video.
             raise EpisodeError("video-truncated", f"{name} ends at byte {num_bytes}, inside the box {kind!r}")
         found.add(kind)
         at += length
-    if not {b"moov", b"mdat"} <= found:
+    file.seek(at)
+    if not {b"moov", b"mdat"} <= found or any(file.read(8)):
         lost = "index (moov)" if b"moov" not in found else "frames (mdat)"
         raise EpisodeError("video-truncated", f"{name} has no {lost}: its end is missing; copy or download it again")
 

@@ -40,7 +40,9 @@ def derive(lake: Lake, resolution: int, say: Callable[[int, int], None]) -> Rele
     storage, table = lake.storage, frames_table(resolution)
     episodes = open_table(storage, "episodes").to_table(columns=["episode_uid", "views", "num_frames", *_RANGES])
     done = set(_derived_uids(storage, resolution))
-    todo = episodes.filter(pa.array([uid not in done for uid in episodes.column("episode_uid").to_pylist()], pa.bool_()))
+    todo = episodes.filter(
+        pa.array([uid not in done for uid in episodes.column("episode_uid").to_pylist()], pa.bool_())
+    )
     say(0, todo.num_rows)
     if todo.num_rows:
         create_table(storage, table)
@@ -106,7 +108,8 @@ class _Deriver:
     def _episode(self, episode: dict[str, Any], frames: LanceDataset, videos: LanceDataset) -> Iterator[pa.RecordBatch]:
         first, count = episode["frames_first_row"], episode["frames_rows"]
         decoders = [
-            decode_clip(path, clip=clip, longer_side=self.resolution) for path, clip in _clips(videos, episode, self.folder)
+            decode_clip(path, clip=clip, longer_side=self.resolution)
+            for path, clip in _clips(videos, episode, self.folder)
         ]
         for start in range(0, count, _BATCH_FRAMES):
             ids = list(range(first + start, first + min(start + _BATCH_FRAMES, count)))

@@ -39,7 +39,9 @@ def parse_map(entries: Sequence[str]) -> dict[str, str]:
         target, equals, feature = entry.partition("=")
         known = target in ("state", "action", "ignore") or (target.startswith("view.") and len(target) > len("view."))
         if not equals or not feature or not known:
-            raise ValueError(f"--map {entry!r}: write state=F, action=F, view.NAME=F or ignore=F; join features with '+'")
+            raise ValueError(
+                f"--map {entry!r}: write state=F, action=F, view.NAME=F or ignore=F; join features with '+'"
+            )
         if target in parsed:
             raise ValueError(f"--map names {target} twice; join features with '+'")
         parsed[target] = feature
@@ -71,9 +73,7 @@ def choose_features(features: Mapping[str, Mapping[str, Any]], feature_map: Mapp
     if len(set(names)) != len(names):
         raise SourceMetadataError(f"{uri}: two views have one name in {names}; name them with --map view.NAME=FEATURE")
     taken = {*state, *action, *(key for _, key in views), *BOOKKEEPING}
-    return Features(
-        state=state, action=action, views=tuple(views), unmapped=tuple(sorted(features.keys() - taken))
-    )
+    return Features(state=state, action=action, views=tuple(views), unmapped=tuple(sorted(features.keys() - taken)))
 
 
 def dimension_names(features: Mapping[str, Mapping[str, Any]], keys: Sequence[str]) -> tuple[str, ...]:

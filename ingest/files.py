@@ -1,5 +1,6 @@
 """The files of a source: a folder on any file system that fsspec reaches."""
 
+import io
 import posixpath
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -47,7 +48,7 @@ class SourceFiles:
         clean = posixpath.normpath(relative)
         if clean.startswith(("/", "..")) or "\0" in relative or "\\" in relative or "://" in relative:
             raise SourceMetadataError(f"{self.uri}: the path {relative!r} leads out of the source")
-        return posixpath.join(_root(self.uri), clean)
+        return _root(self.uri) if clean == "." else posixpath.join(_root(self.uri), clean)
 
     def open(self, relative: str) -> BinaryIO:
         """Open a file for seeking and reading.
@@ -92,8 +93,8 @@ class SourceFiles:
                 file = self.open(relative)
             except (FileNotFoundError, IsADirectoryError, NotADirectoryError) as error:
                 raise SourceMetadataError(f"{self.uri}: {relative} is missing") from error
-            with file:
-                while line := file.readline(MAX_LINE_BYTES):
+            with io.BufferedReader(file) as buffered:  # type: ignore[arg-type]
+                while line := buffered.readline(MAX_LINE_BYTES):
                     if line.startswith(LFS_MARK):
                         message = f"{self.uri}: {relative} is a Git LFS pointer; run `git lfs pull` in the source"
                         raise SourceMetadataError(message)

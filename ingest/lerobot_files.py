@@ -1,13 +1,11 @@
 """Write the files of a LeRobot dataset, numbered, of limited size and published only when whole."""
 
 import json
-import os
 import shutil
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import fsspec
 import pyarrow as pa
@@ -47,13 +45,12 @@ class Destination:
         ValueError: something is already there.
     """
 
-    def __init__(self, uri: str, storage_options: Mapping[str, Any]) -> None:
-        self._fs, root = fsspec.core.url_to_fs(uri, **storage_options)
+    def __init__(self, uri: str) -> None:
+        self._fs, root = fsspec.core.url_to_fs(uri)
         self._root = root.rstrip("/")
         self._is_local = isinstance(self._fs, LocalFileSystem)
         self._uploaded: list[str] = []
-        self._fs.invalidate_cache()
-        if self._fs.exists(self._root) and (not self._fs.isdir(self._root) or self._fs.ls(self._root)):
+        if self._is_taken():
             raise ValueError(f"{uri} is not empty: remove what is there, or write elsewhere")
         parent = Path(self._root).parent
         if self._is_local:
@@ -78,7 +75,7 @@ class Destination:
     def commit(self) -> None:
         """Make the dataset appear, if it has not."""
         if self._is_local:
-            os.replace(self._staging, self._root)
+            self._staging.replace(self._root)
         shutil.rmtree(self._scratch)
 
     def discard(self) -> None:
@@ -88,6 +85,14 @@ class Destination:
         for remote in self._uploaded:
             if self._fs.exists(remote):
                 self._fs.rm_file(remote)
+
+    def _is_taken(self) -> bool:
+        if self._is_local:
+            root = Path(self._root)
+            return root.exists() and (not root.is_dir() or any(root.iterdir()))
+        self._fs.invalidate_cache()
+        # Some stores keep the name of a folder of which all objects were removed.
+        return any(path.rstrip("/") != self._root for path in self._fs.find(self._root))
 
 
 class ParquetFiles:
@@ -99,12 +104,11 @@ class ParquetFiles:
         self._pattern = pattern
         self._limits = limits
         self._number = 0
-        self._sink: pa.OSFile | None = None
-        self._writer: pq.ParquetWriter | None = None
+        self._open: tuple[pa.OSFile, pq.ParquetWriter] | None = None
 
     def reserve(self, num_bytes: int) -> tuple[int, int]:
         """Begin a new file unless ``num_bytes`` fit in the open one; return the numbers of its chunk and of itself."""
-        if self._writer is not None and self._sink.tell() + num_bytes > self._limits.data_bytes:
+        if self._open is not None and self._open[0].tell() + num_bytes > self._limits.data_bytes:
             self.close()
             self._number += 1
         return divmod(self._number, self._limits.files_per_chunk)
@@ -112,18 +116,19 @@ class ParquetFiles:
     def write(self, table: pa.Table) -> tuple[int, int]:
         """Append a table and return where it went."""
         place = self.reserve(table.nbytes)
-        if self._writer is None:
-            self._sink = pa.OSFile(str(self._destination.stage(self._path())), "wb")
-            self._writer = pq.ParquetWriter(self._sink, self.schema)
-        self._writer.write_table(table, row_group_size=max(1, table.num_rows))
+        if self._open is None:
+            sink = pa.OSFile(str(self._destination.stage(self._path())), "wb")
+            self._open = sink, pq.ParquetWriter(sink, self.schema)
+        self._open[1].write_table(table, row_group_size=max(1, table.num_rows))
         return place
 
     def close(self) -> None:
         """Finish the open file."""
-        if self._writer is not None:
-            self._writer.close()
-            self._sink.close()
-            self._writer = None
+        if self._open is not None:
+            sink, writer = self._open
+            writer.close()
+            sink.close()
+            self._open = None
             self._destination.publish(self._path())
 
     def _path(self) -> str:
@@ -146,7 +151,7 @@ class VideoFiles:
     def append(self, video: Video, *, first: int, num_frames: int) -> dict[str, int | float]:
         """Copy a video and return the columns that say where its frames ``first`` and on went."""
         self.first = self.first or video
-        if self._joiner is not None and not self._has_room(video):
+        if self._joiner is not None and not self._has_room(self._joiner, video):
             self.close()
             self._number += 1
         if self._joiner is None:
@@ -167,11 +172,11 @@ class VideoFiles:
             self._joiner = None
             self._destination.publish(self._path())
 
-    def _has_room(self, video: Video) -> bool:
-        num_bytes = self._joiner.num_bytes + video.num_bytes
-        length_s = (self._joiner.num_frames + video.num_frames) / self._fps
+    def _has_room(self, joiner: VideoJoiner, video: Video) -> bool:
+        num_bytes = joiner.num_bytes + video.num_bytes
+        length_s = (joiner.num_frames + video.num_frames) / self._fps
         fits = num_bytes <= self._limits.video_bytes and length_s <= self._limits.video_s
-        return fits and self._joiner.accepts(video)
+        return fits and joiner.accepts(video)
 
     def _path(self) -> str:
         chunk_index, file_index = divmod(self._number, self._limits.files_per_chunk)

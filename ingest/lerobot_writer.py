@@ -124,8 +124,7 @@ class LeRobotWriter:
     open the rest. After an exception nothing stays. Memory does not grow with the number of episodes.
 
     Args:
-        uri: a directory or an fsspec URI with nothing there yet.
-        storage_options: what fsspec needs to reach it.
+        uri: a directory or an fsspec URI with nothing there yet; S3 is found by the usual AWS variables.
 
     Raises:
         ValueError: something is already there.
@@ -137,14 +136,13 @@ class LeRobotWriter:
         *,
         spec: DatasetSpec,
         limits: FileLimits | None = None,
-        storage_options: Mapping[str, Any] | None = None,
     ) -> None:
         self.spec = spec
         self.num_episodes = 0
         self.num_frames = 0
         self._limits = limits or FileLimits()
         self._columns = {**spec.columns, **INDEX_COLUMNS}
-        self._destination = Destination(os.fspath(uri), storage_options or {})
+        self._destination = Destination(os.fspath(uri))
         schema = pa.schema([(name, column.arrow) for name, column in self._columns.items()])
         self._data = ParquetFiles(self._destination, DATA_PATH, schema=schema, limits=self._limits)
         schema = _episodes_schema([*spec.columns, *INDEX_COLUMNS], spec.views)
@@ -333,7 +331,7 @@ class LeRobotWriter:
     def _info(self) -> dict[str, Any]:
         fps = int(self.spec.fps) if self.spec.fps == int(self.spec.fps) else self.spec.fps
         features = {name: _column_info(column) for name, column in self.spec.columns.items()}
-        features |= {view: _view_info(files.first, fps) for view, files in self._videos.items()}
+        features |= {view: _view_info(files.first, fps) for view, files in self._videos.items() if files.first}
         features |= {name: _column_info(column) for name, column in INDEX_COLUMNS.items()}
         return {
             "codebase_version": "v3.0",
@@ -377,7 +375,7 @@ def _sample_pixels(video: Video, start: int, end: int) -> tuple[np.ndarray, int]
     counts = [count_pixels(image) for image in sample_frames(video, wanted)]
     if not counts:
         raise ValueError(f"no frame of {video.path} can be decoded")
-    return sum(counts), len(counts)
+    return np.sum(counts, axis=0), len(counts)
 
 
 def _episodes_schema(columns: Sequence[str], views: Sequence[str]) -> pa.Schema:

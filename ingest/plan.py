@@ -27,9 +27,7 @@ REF_SCHEMA = pa.schema(
 )
 """An EpisodeRef as a row."""
 
-PLAN_SCHEMA = pa.schema(
-    [("task", pa.int32()), ("content_digest", pa.string()), ("ordinal", pa.int32()), *REF_SCHEMA]
-)
+PLAN_SCHEMA = pa.schema([("task", pa.int32()), ("content_digest", pa.string()), ("ordinal", pa.int32()), *REF_SCHEMA])
 """A planned episode as a row."""
 
 
@@ -201,7 +199,9 @@ def make_plan(episodes: list[PlannedEpisode]) -> pa.Table:
         if frames >= target:
             task, frames = task + 1, 0
         frames += max(1, episode.ref.num_frames)
-        rows.append({"task": task, "content_digest": episode.content_digest, "ordinal": episode.ordinal} | asdict(episode.ref))
+        rows.append(
+            {"task": task, "content_digest": episode.content_digest, "ordinal": episode.ordinal} | asdict(episode.ref)
+        )
     return pa.Table.from_pylist(rows, PLAN_SCHEMA)
 
 

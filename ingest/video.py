@@ -8,7 +8,7 @@ from fractions import Fraction
 from itertools import chain
 from math import ceil
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
@@ -83,18 +83,19 @@ def read_clip(
         length_bytes = _nal_length_bytes(stream)
         digest, num_bytes, num_frames, others = hashlib.sha256(), 0, 0, []
         first, last, offset = _FOREVER, -_FOREVER, None
-        for packet, is_wanted in _select(container, stream, _window(stream, start_s, end_s, fps, name), name):
+        for timed, is_wanted in _select(container, stream, _window(stream, start_s, end_s, fps, name), name):
+            packet, pts, dts = timed
             num_bytes += packet.size
             if is_wanted:
                 coded = _coded_bytes(bytes(packet), codec_of(stream), length_bytes)
                 digest.update(len(coded).to_bytes(8, "big") + coded)
                 num_frames += 1
-                first, last = min(first, packet.pts), max(last, packet.pts)
+                first, last = min(first, pts), max(last, pts)
             else:
-                others.append(packet.pts)
+                others.append(pts)
             if output is not None:
-                offset = packet.pts if offset is None else offset
-                packet.pts, packet.dts, packet.stream = packet.pts - offset, packet.dts - offset, output.streams[0]
+                offset = pts if offset is None else offset
+                packet.pts, packet.dts, packet.stream = pts - offset, dts - offset, output.streams[0]
                 output.mux(packet)
         if num_frames == 0:
             raise EpisodeError("video-truncated", f"{name} shows no frame from {start_s} to {end_s} s")
@@ -136,68 +137,75 @@ def packets(path: Source) -> Iterator[bytes]:
             yield bytes(packet)
 
 
+class _Timed(NamedTuple):
+    """A packet with its times, in ticks of the stream."""
+
+    packet: "Packet"
+    pts: int
+    dts: int
+
+
 @dataclass(frozen=True, slots=True)
 class _Window:
     """The time in which the wanted frames are shown, in ticks of the stream."""
 
     low: int
     high: int
-    start: int | None
-    """Where to seek; None is the start of the file."""
+    seek_to: int | None
+    """None is the start of the file."""
 
-    def shows(self, packet: "Packet") -> bool:
-        return self.low <= packet.pts < self.high and not packet.is_discard
+    def shows(self, timed: _Timed) -> bool:
+        return self.low <= timed.pts < self.high and not timed.packet.is_discard
 
 
 def _window(stream: "VideoStream", start_s: float, end_s: float | None, fps: float | None, name: str) -> _Window:
     if start_s == 0 and end_s is None:
         return _Window(-_FOREVER, _FOREVER, None)
     rate = Fraction(fps).limit_denominator(100_000) if fps else stream.average_rate
-    if not rate or rate < 0:
+    if not rate or rate < 0 or not stream.time_base:
         raise EpisodeError("video-undecodable", f"{name} does not say how many frames per second it has; give fps")
-    origin, half_frame_s = stream.start_time or 0, 1 / (2 * rate)
-    low = origin + ceil((Fraction(start_s) - half_frame_s) / stream.time_base)
-    high = _FOREVER if end_s is None else origin + ceil((Fraction(end_s) - half_frame_s) / stream.time_base)
-    return _Window(low, high, origin + int(Fraction(start_s) / stream.time_base) if start_s else None)
+    origin, per_s, half_frame_s = stream.start_time or 0, 1 / stream.time_base, 1 / (2 * rate)
+    low = origin + ceil((Fraction(start_s) - half_frame_s) * per_s)
+    high = _FOREVER if end_s is None else origin + ceil((Fraction(end_s) - half_frame_s) * per_s)
+    # A little late, because start_s is rounded and its frame is often a keyframe.
+    seek_to = origin + int((Fraction(start_s) + half_frame_s / 2) * per_s)
+    return _Window(low, high, seek_to if start_s else None)
 
 
-def _timed_packets(container: "InputContainer", stream: "VideoStream", name: str) -> Iterator["Packet"]:
+def _timed_packets(container: "InputContainer", stream: "VideoStream", name: str) -> Iterator[_Timed]:
     """Yield the stream's packets from where it stands, with times that an mp4 can hold."""
-    last_dts = None
+    last_dts = -_FOREVER
     for packet in read_packets(container, stream, name):
-        if packet.pts is None or packet.dts is None:
-            raise EpisodeError("video-undecodable", f"{name} has packets without times")
-        if packet.pts < packet.dts or (last_dts is not None and packet.dts <= last_dts):
-            at_s = float(packet.dts * stream.time_base)
-            raise EpisodeError("video-undecodable", f"{name} has times that run backwards at {at_s:.3f} s")
-        last_dts = packet.dts
-        yield packet
+        pts, dts = packet.pts, packet.dts
+        if pts is None or dts is None:
+            raise EpisodeError("video-undecodable", f"{name} has packets without times; copy it to an mp4")
+        if pts < dts or dts <= last_dts:
+            raise EpisodeError("video-undecodable", f"{name} has times that run backwards at tick {dts}")
+        last_dts = dts
+        yield _Timed(packet, pts, dts)
 
 
 def _select(
     container: "InputContainer", stream: "VideoStream", window: _Window, name: str
-) -> Iterator[tuple["Packet", bool]]:
-    """Yield the packets to copy, in file order from a keyframe on, and whether each belongs to the episode.
-
-    Whoever takes a packet may change it.
-    """
+) -> Iterator[tuple[_Timed, bool]]:
+    """Yield the packets to copy, in file order from a keyframe on, and whether each belongs to the episode."""
     lead, more = _lead_in(container, stream, window, name)
     if not lead:
         return
-    origin, latest, held, num_held_bytes = lead[0].pts, -_FOREVER, [], 0
-    for packet in chain(lead, more):
-        if packet.dts >= window.high:
+    latest, held, num_held_bytes = -_FOREVER, [], 0
+    for timed in chain(lead, more):
+        if timed.dts >= window.high:
             return
-        latest = max(latest, packet.pts)
-        is_wanted = window.shows(packet)
-        if not is_wanted and packet.pts < origin:
+        latest = max(latest, timed.pts)
+        is_wanted = window.shows(timed)
+        if not is_wanted and timed.pts < lead[0].pts:
             continue  # It needs packets before the keyframe, and nothing that is shown after the keyframe needs it.
-        held.append(packet)
-        num_held_bytes += packet.size
-        if is_wanted:
-            yield from ((other, other is packet) for other in held)
-            held, num_held_bytes = [], 0
+        held.append(timed)
+        num_held_bytes += timed.packet.size
         _check_held(num_held_bytes, name)
+        if is_wanted:
+            yield from ((other, other is timed) for other in held)
+            held, num_held_bytes = [], 0
     index = stream.index_entries
     if len(index) and index[-1].timestamp > latest:
         raise EpisodeError("video-truncated", f"{name} ends before its index does; copy or download it again")
@@ -205,17 +213,23 @@ def _select(
 
 def _lead_in(
     container: "InputContainer", stream: "VideoStream", window: _Window, name: str
-) -> tuple[list["Packet"], Iterator["Packet"]]:
+) -> tuple[list[_Timed], Iterator[_Timed]]:
     """Find the last keyframe from which the first wanted frame can be decoded.
 
     Returns:
         The packets from that keyframe on, as far as they had to be read, and those that follow. No packets where no
         frame is wanted.
     """
-    seek_to, earliest_dts = window.start, _FOREVER
+    from av.error import FFmpegError
+
+    seek_to, earliest_dts = window.seek_to, _FOREVER
     while True:
-        if seek_to is not None:
-            container.seek(seek_to, stream=stream)
+        try:
+            if seek_to is not None:
+                container.seek(seek_to, stream=stream)
+        except FFmpegError as error:
+            if earliest_dts != _FOREVER:
+                raise EpisodeError("video-undecodable", f"{name} has no keyframe before the episode") from error
         more = _timed_packets(container, stream, name)
         begin = next(more, None)
         if begin is None:
@@ -228,14 +242,14 @@ def _lead_in(
         seek_to, earliest_dts = begin.dts - 1, begin.dts
 
 
-def _may_be_late(begin: "Packet", stream: "VideoStream", window: _Window) -> bool:
+def _may_be_late(begin: _Timed, stream: "VideoStream", window: _Window) -> bool:
     """Whether a wanted frame may come before the keyframe that a seek led to."""
     index = stream.index_entries
     at = index.search_timestamp(begin.dts, any_frame=True)
     return at > 0 and begin.pts - (begin.dts - index[at - 1].timestamp) >= window.low
 
 
-def _from_keyframe(packets_in: Iterator["Packet"], window: _Window, name: str) -> list["Packet"] | None:
+def _from_keyframe(timed_packets: Iterator[_Timed], window: _Window, name: str) -> list[_Timed] | None:
     """Read until the first frame shown is known, and return the packets from its keyframe on.
 
     Its keyframe is the last one before it in file order that is not shown after it: an open GOP begins with frames that
@@ -245,28 +259,26 @@ def _from_keyframe(packets_in: Iterator["Packet"], window: _Window, name: str) -
         No packets where no frame is wanted, None where there is no such keyframe.
     """
     lead, num_bytes, num_until_wanted, shown = [], 0, 0, _FOREVER
-    for packet in packets_in:
-        if not num_until_wanted and packet.is_keyframe and packet.pts < window.low:
+    for timed in timed_packets:
+        if not num_until_wanted and timed.packet.is_keyframe and timed.pts < window.low:
             lead, num_bytes = [], 0
-        lead.append(packet)
-        num_bytes += packet.size
+        lead.append(timed)
+        num_bytes += timed.packet.size
         _check_held(num_bytes, name)
-        if window.shows(packet):
+        if window.shows(timed):
             num_until_wanted = num_until_wanted or len(lead)
-            shown = min(shown, packet.pts)
-        if packet.dts >= (shown if num_until_wanted else window.high):
+            shown = min(shown, timed.pts)
+        if timed.dts >= (shown if num_until_wanted else window.high):
             break
     if not num_until_wanted:
         return []
-    keys = [i for i in range(num_until_wanted) if lead[i].is_keyframe and lead[i].pts <= shown]
+    keys = [i for i in range(num_until_wanted) if lead[i].packet.is_keyframe and lead[i].pts <= shown]
     return lead[keys[-1] :] if keys else None
 
 
 def _check_held(num_bytes: int, name: str) -> None:
     if num_bytes > MAX_HELD_BYTES:
-        raise EpisodeError(
-            "video-too-large", f"{name} has {num_bytes} bytes of packets around the episode's first frame"
-        )
+        raise EpisodeError("video-too-large", f"{name} needs {num_bytes} bytes held to find where the episode begins")
 
 
 @contextmanager

@@ -43,9 +43,10 @@ def encode_video(
     """
     name, options = ENCODERS[codec]
     os.environ.setdefault("SVT_LOG", "1")  # SVT-AV1 otherwise writes thirty lines per file to stderr.
-    num_frames = 0
+    num_frames, rate = 0, Fraction(fps).limit_denominator(1001)
     with av.open(str(path), "w", format="mp4", options={"movflags": "faststart"}) as container:
-        stream = container.add_stream(name, rate=Fraction(fps).limit_denominator(1001), options=dict(options))
+        stream = container.add_stream(name, rate=rate, options=dict(options))
+        assert isinstance(stream, av.VideoStream)
         stream.pix_fmt = "yuv420p"
         context = stream.codec_context
         context.gop_size, context.max_b_frames, context.thread_count = gop, 0, 1
@@ -57,7 +58,7 @@ def encode_video(
                 if stream.height % 2 or stream.width % 2:
                     raise ValueError(f"frames of {stream.width} x {stream.height}: yuv420p needs even sides")
             picture = av.VideoFrame.from_ndarray(frame, format="rgb24")
-            picture.pts, picture.time_base = num_frames, 1 / Fraction(stream.average_rate)
+            picture.pts, picture.time_base = num_frames, 1 / rate
             container.mux(stream.encode(picture))
             num_frames += 1
         if num_frames == 0:
@@ -131,7 +132,7 @@ def scan_video(path: str | PathLike) -> Video:
             codec=context.codec.canonical_name,
             width=context.width,
             height=context.height,
-            pix_fmt=context.pix_fmt,
+            pix_fmt=context.pix_fmt or "",
             extradata=bytes(context.extradata or b""),
             num_bytes=num_bytes,
             order=tuple(order),
@@ -154,15 +155,15 @@ class VideoJoiner:
         self._ticks = TICKS_PER_FRAME * rate.denominator
         self._time_base = Fraction(1, TICKS_PER_FRAME * rate.numerator)
         self._container = av.open(str(path), "w", format="mp4", options={"movflags": "faststart"})
-        self._stream: av.VideoStream | None = None
-        self._first: Video | None = None
+        self._begun: tuple[Video, av.VideoStream] | None = None
 
     def accepts(self, video: Video) -> bool:
         """Tell whether the packets of ``video`` can follow those that are here."""
-        if self._first is None:
+        if self._begun is None:
             return True
-        mine, theirs = ((v.codec, v.width, v.height, v.pix_fmt, v.extradata) for v in (self._first, video))
-        return mine == theirs and video.delay <= self._first.delay
+        first, _ = self._begun
+        mine, theirs = ((v.codec, v.width, v.height, v.pix_fmt, v.extradata) for v in (first, video))
+        return mine == theirs and video.delay <= first.delay
 
     def append(self, video: Video) -> int:
         """Copy all packets of ``video`` and return the number of its first frame in this file.
@@ -171,20 +172,21 @@ class VideoJoiner:
             ValueError: the packets cannot follow those that are here.
         """
         if not self.accepts(video):
-            raise ValueError(f"{video.path} differs in codec parameters from {self._first.path}")
+            raise ValueError(f"{video.path} differs in codec parameters from the videos before it")
         start = self.num_frames
         with av.open(video.path) as source:
             template = source.streams.video[0]
-            if self._first is None:
-                self._first = video
-                self._stream = self._container.add_stream_from_template(template, opaque=True)
-                self._stream.time_base = self._time_base
+            if self._begun is None:
+                stream = self._container.add_stream_from_template(template, opaque=True)
+                stream.time_base = self._time_base
+                self._begun = video, stream
+            first, stream = self._begun
             packets = (packet for packet in source.demux(template) if packet.dts is not None)
             for number, (packet, frame) in enumerate(zip(packets, video.order, strict=True)):
-                packet.stream = self._stream
+                packet.stream = stream
                 packet.time_base = self._time_base
                 packet.pts = (start + frame) * self._ticks
-                packet.dts = (start + number - self._first.delay) * self._ticks
+                packet.dts = (start + number - first.delay) * self._ticks
                 packet.duration = self._ticks
                 self._container.mux_one(packet)
         self.num_frames += video.num_frames
@@ -213,6 +215,6 @@ def sample_frames(video: Video, wanted: Iterable[int]) -> Iterator[np.ndarray]:
                 frames = container.decode(stream)
             last = number
             for frame in frames:
-                if frame.pts >= video.pts[number]:
+                if frame.pts is not None and frame.pts >= video.pts[number]:
                     yield frame.to_ndarray(format="rgb24")
                     break

@@ -138,19 +138,23 @@ class MetaWorld:
     """A MetaWorld task with its expert and its cameras; a renderer and a physics state live as long as it does.
 
     Raises:
-        ValueError: no such camera.
+        RobolakeError: there is nothing to render with.
+        KeyError: no such task, or no such camera.
     """
 
     def __init__(self, task: str, *, cameras: tuple[str, ...], size: int) -> None:
-        import mujoco
+        os.environ["MUJOCO_GL"] = choose_gl()  # MuJoCo reads it when it is imported.
+        import mujoco as untyped
         from metaworld.env_dict import ALL_V3_ENVIRONMENTS_GOAL_OBSERVABLE
         from metaworld.policies import ENV_POLICY_MAP
 
-        self._env = ALL_V3_ENVIRONMENTS_GOAL_OBSERVABLE[f"{task}-goal-observable"](seed=0)
+        make: Any = ALL_V3_ENVIRONMENTS_GOAL_OBSERVABLE[f"{task}-goal-observable"]
+        self._env = make(seed=0)
         self._env.seeded_rand_vec = True  # Draw initial states by the seed,
-        self._env._freeze_rand_vec = False  # and at each reset, not only at the first.
+        self._env._freeze_rand_vec = False  # noqa: SLF001  # and at each reset, not only at the first.
         self._expert = ENV_POLICY_MAP[task]()
         assert round(1 / self._env.dt) == CONTROL_HZ
+        mujoco: Any = untyped
         model = self._env.model
         model.vis.global_.offwidth = model.vis.global_.offheight = size
         model.vis.quality.shadowsize = 0
@@ -195,6 +199,10 @@ class MetaWorld:
         self._observation, reward, _, _, info = self._env.step(action)
         return float(reward), bool(info["success"])
 
+    def close(self) -> None:
+        """Give back what the renderer holds."""
+        self._renderer.close()
+
     def _is_upside_down(self, camera: str) -> bool:
         model, data = self._env.model, self._env.data
         number = model.camera(camera).id
@@ -212,8 +220,8 @@ def choose_gl() -> str:
         return os.environ["MUJOCO_GL"]
     problems = []
     for name in ("egl", "osmesa"):
-        command = [sys.executable, "-c", _GL_PROBE]
-        probe = subprocess.run(command, env=os.environ | {"MUJOCO_GL": name}, capture_output=True, text=True)
+        command, environment = [sys.executable, "-c", _GL_PROBE], os.environ | {"MUJOCO_GL": name}
+        probe = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
         if probe.returncode == 0:
             return name
         problems.append(f"{name}: {(probe.stderr.strip().splitlines() or ['crashed'])[-1]}")
@@ -221,6 +229,11 @@ def choose_gl() -> str:
         f"MuJoCo cannot render without a screen here ({'; '.join(problems)}). On Debian or Ubuntu install libegl1 "
         "libegl-mesa0 libgl1 libgl1-mesa-dri libgles2, or libosmesa6"
     )
+
+
+def seed_of(seed: int, task: str, number: int) -> int:
+    """Return the seed of the initial state of one attempt at a task."""
+    return int(np.random.SeedSequence((seed, zlib.crc32(task.encode()), number)).generate_state(1)[0])
 
 
 def run(config: Config) -> dict[str, Any]:
@@ -288,9 +301,7 @@ def _record_all(config: Config, folder: Path, gl: str) -> list[list[Attempt]]:
 def _begin(
     pool: ProcessPoolExecutor, config: Config, folder: Path, task: str, number: int
 ) -> tuple[Attempt, "Future[tuple[int, bool]]"]:
-    entropy = (config.seed, zlib.crc32(task.encode()), number)
-    seed = int(np.random.SeedSequence(entropy).generate_state(1)[0])
-    attempt = Attempt(task=task, number=number, seed=seed)
+    attempt = Attempt(task=task, number=number, seed=seed_of(config.seed, task, number))
     return attempt, pool.submit(_record, attempt, config, folder)
 
 
@@ -347,7 +358,7 @@ def _record(attempt: Attempt, config: Config, folder: Path) -> tuple[int, bool]:
         columns["next.success"].append(is_success)
         num_left -= 1
         columns["next.done"].append(num_left == 0)
-    arrays = {name: np.array(columns[name], COLUMNS[name].dtype) for name in COLUMNS}
+    arrays: dict[str, Any] = {name: np.array(columns[name], COLUMNS[name].dtype) for name in COLUMNS}
     np.savez(folder / f"{attempt.name}.npz", **arrays)
     for camera, frames in images.items():
         encode_video(

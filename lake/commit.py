@@ -32,7 +32,9 @@ class Committed:
     quarantined: int
 
 
-def commit(storage: Storage, source: str, results: list[TaskResult], wanted: Collection[str] | None = None) -> Committed:
+def commit(
+    storage: Storage, source: str, results: list[TaskResult], wanted: Collection[str] | None = None
+) -> Committed:
     """Make the episodes of staged results visible.
 
     Safe to repeat, to interrupt anywhere and to run twice at once.
@@ -86,7 +88,9 @@ def _wanted(result: TaskResult, wanted: Collection[str] | None) -> list[EpisodeW
 
 def _append(storage: Storage, table: str, results: list[TaskResult]) -> dict[tuple[int, str], int]:
     """Append the fragments of one table; return their first row ids by (result, table)."""
-    written = [(r, r.writes[table], FragmentMetadata.from_json(r.writes[table].json)) for r in results if table in r.writes]
+    written = [
+        (r, r.writes[table], FragmentMetadata.from_json(r.writes[table].json)) for r in results if table in r.writes
+    ]
     if not written:
         return {}
     properties = {"robolake.attempts": ",".join(sorted({r.attempt_id for r in results}))}

@@ -5,7 +5,7 @@ image, go through one swscale call with the same flags:
 
 - area averaging, because it shrinks without aliasing;
 - full chroma interpolation, because swscale's shortcut from 4:2:0 to RGB is darker by one to two grey levels;
-- accurate rounding and bit-exact arithmetic, so that every processor gives the same bytes. They cost nothing measurable.
+- accurate rounding and bit-exact arithmetic, so that every processor gives the same bytes; they cost nothing.
 """
 
 from typing import TYPE_CHECKING

@@ -113,8 +113,10 @@ class Lake:
     def quarantine(self) -> pa.Table:
         """Return the rejected episodes: source, source_index, reason, message."""
         columns = ["source", "source_index", "reason", "message"]
-        return open_table(self.storage, "quarantine").to_table(columns=columns).sort_by(
-            [("source", "ascending"), ("source_index", "ascending")]
+        return (
+            open_table(self.storage, "quarantine")
+            .to_table(columns=columns)
+            .sort_by([("source", "ascending"), ("source_index", "ascending")])
         )
 
     def retry(self, source: str) -> int:
@@ -293,9 +295,7 @@ def _summary(datasets: dict[str, lance.LanceDataset]) -> _Summary:
         ]
     )
     identity = hashlib.sha256(json.dumps(digests, sort_keys=True).encode()).hexdigest()[:16]
-    return _Summary(
-        id=identity, digests=digests, num_episodes=episodes.num_rows, num_frames=sum(columns["num_frames"])
-    )
+    return _Summary(id=identity, digests=digests, num_episodes=episodes.num_rows, num_frames=sum(columns["num_frames"]))
 
 
 def _duplicates(index: pa.Table) -> Iterator[Problem]:

@@ -46,7 +46,7 @@ class Sketch:
     mean: Floats
     """[D]"""
     m2: Floats
-    """[D] sum of the squared distances from the mean."""
+    """[D] sum of the squared distances from the mean; distances below 1e-154 have no square."""
     min: Floats
     """[D]"""
     max: Floats
@@ -137,7 +137,7 @@ def sketch(values_TD: ArrayLike) -> Sketch:
         raise ValueError(
             f"value {x_DT[dim, frame]} of dimension {dim} at frame {frame} is not finite or beyond {LARGEST:g}"
         )
-    num_dims, num_frames = x_DT.shape
+    num_dims, num_frames = len(x_DT), len(given_TD)
     # Distances from the first frame: a constant feature gets exactly its value as mean, then zero as M2.
     base_D = x_DT[:, 0]
     y_DT = x_DT - base_D[:, None]
@@ -208,13 +208,15 @@ def _keys(x: Floats) -> NDArray[np.int32]:
     bits = x.view(np.int64)
     magnitudes = bits & ~_SIGN_BIT
     keys = ((magnitudes >> _DROPPED_BITS) + (magnitudes != 0)).astype(np.int32)
-    return np.where(bits < 0, -keys, keys)
+    return np.negative(keys, out=keys, where=bits < 0)
 
 
 def _middles(keys: NDArray[np.int32]) -> Floats:
     """Return the middle of each bucket: its leading bits, then a one, then zeros."""
     magnitudes = (np.abs(keys).astype(np.int64) - 1 << _DROPPED_BITS) + (1 << _DROPPED_BITS - 1)
-    return np.where(keys == 0, 0.0, np.copysign(magnitudes.view(np.float64), keys))
+    middles: Floats = np.copysign(magnitudes.view(np.float64), keys)
+    middles[keys == 0] = 0.0
+    return middles
 
 
 def _codes(one: Sketch) -> NDArray[np.int64]:

@@ -1,8 +1,8 @@
 """What a task leaves behind for the committer: plain JSON at deterministic paths.
 
-    _staging/<source key>/<attempt id>/plan.parquet      which episodes, which tasks
-    _staging/<source key>/<attempt id>/task-000012.json  what a task wrote
-    _staging/<source key>/<attempt id>/closed            nothing is left to commit
+_staging/<source key>/<attempt id>/plan.parquet      which episodes, which tasks
+_staging/<source key>/<attempt id>/task-000012.json  what a task wrote
+_staging/<source key>/<attempt id>/closed            nothing is left to commit
 """
 
 import hashlib

@@ -53,7 +53,11 @@ def check_index(tables: dict[str, LanceDataset], episodes: pa.Table) -> Iterator
                 yield Problem(uid, "frames", f"{row['frames_rows']} rows for {row['num_frames']} frames")
             if row["videos_rows"] != len(row["views"]):
                 yield Problem(uid, "videos", f"{row['videos_rows']} rows for {len(row['views'])} views")
-        for table, columns in (("frames", ["episode_uid", "frame_index"]), ("videos", ["episode_uid"]), ("stats", ["episode_uid"])):
+        for table, columns in (
+            ("frames", ["episode_uid", "frame_index"]),
+            ("videos", ["episode_uid"]),
+            ("stats", ["episode_uid"]),
+        ):
             yield from _check_borders(tables[table], table, rows, columns)
 
 

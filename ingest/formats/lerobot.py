@@ -133,7 +133,9 @@ def read_rows(source: Source, relative: str, episode_index: int, *, many: bool) 
             there = parquet.schema_arrow.names
             missing = [name for name in needed if name not in there]
             if missing:
-                raise EpisodeError("column-missing", f"{relative} lacks {', '.join(missing)}; it has {', '.join(there)}")
+                raise EpisodeError(
+                    "column-missing", f"{relative} lacks {', '.join(missing)}; it has {', '.join(there)}"
+                )
             optional = ["timestamp", "frame_index", "task_index", "next.success"]
             columns = needed + [name for name in optional if name in there and name not in needed]
             if many and "episode_index" not in there:
@@ -227,7 +229,9 @@ def _matrix(rows: pa.Table, key: str, declared: int | None) -> npt.NDArray[np.fl
     """Return a column of numbers or (nested) lists of numbers as [num_frames, dim]."""
     column = rows.column(key).combine_chunks()
     dim = 1
-    while pa.types.is_list(column.type) or pa.types.is_large_list(column.type) or pa.types.is_fixed_size_list(column.type):
+    while (
+        pa.types.is_list(column.type) or pa.types.is_large_list(column.type) or pa.types.is_fixed_size_list(column.type)
+    ):
         if column.null_count:
             raise EpisodeError("wrong-shape", f"{key} has {column.null_count} rows without a value")
         lengths = pc.unique(pc.list_value_length(column)).to_pylist()
@@ -253,9 +257,7 @@ def _timestamps(rows: pa.Table, fps: float) -> npt.NDArray[np.float64]:
     return np.arange(rows.num_rows, dtype=np.float64) / fps
 
 
-def _tasks(
-    source: Source, rows: pa.Table, tasks: Sequence[str]
-) -> tuple[tuple[str, ...], npt.NDArray[np.int32]]:
+def _tasks(source: Source, rows: pa.Table, tasks: Sequence[str]) -> tuple[tuple[str, ...], npt.NDArray[np.int32]]:
     """Return the tasks in the order in which frames use them, and each frame's index into them."""
     known: Mapping[int, str] = source.meta["tasks"]
     if "task_index" not in rows.column_names or not known:

@@ -65,9 +65,7 @@ def read_episode(source: Source, ref: EpisodeRef) -> Episode:
     index = ref.source_index
     rows = lerobot.read_rows(source, locator["data"], index, many=False)
     views = tuple(ViewSource(name=name, path=path) for name, path in locator["views"])
-    return lerobot.assemble(
-        source, rows, index=index, declared=ref.num_frames, tasks=locator["tasks"], views=views
-    )
+    return lerobot.assemble(source, rows, index=index, declared=ref.num_frames, tasks=locator["tasks"], views=views)
 
 
 def _refs(source: Source, records: list[dict[str, Any]]) -> list[EpisodeRef]:
@@ -102,7 +100,14 @@ def _refs(source: Source, records: list[dict[str, Any]]) -> list[EpisodeRef]:
 def _identity(source: Source) -> list[Any]:
     """Return what the meaning of every episode depends on."""
     meta = source.meta
-    return [source.format, source.fps, source.embodiment, str(meta["chosen"]), str(meta["features"]), str(meta["tasks"])]
+    return [
+        source.format,
+        source.fps,
+        source.embodiment,
+        str(meta["chosen"]),
+        str(meta["features"]),
+        str(meta["tasks"]),
+    ]
 
 
 def _chunk(source: Source, index: int) -> int:

@@ -136,6 +136,8 @@ def _tasks(files: SourceFiles) -> dict[int, str]:
         raise SourceMetadataError(f"{files.uri}: meta/tasks.parquet is damaged: {str(error)[:200]}") from error
     texts = [name for name in ("task", "__index_level_0__") if name in table.column_names]
     if not texts or "task_index" not in table.column_names:
-        raise SourceMetadataError(f"{files.uri}: meta/tasks.parquet has {table.column_names}, expected task_index and task")
+        raise SourceMetadataError(
+            f"{files.uri}: meta/tasks.parquet has {table.column_names}, expected task_index and task"
+        )
     indices = table.column("task_index").to_pylist()
     return {index: str(text) for index, text in zip(indices, table.column(texts[0]).to_pylist(), strict=True)}

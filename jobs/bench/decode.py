@@ -22,7 +22,7 @@ ENCODERS = {
     "av1": ("libsvtav1", {"crf": "30", "preset": "8", "svtav1-params": "lp=1"}),
     "h264": ("libx264", {"crf": "23", "preset": "veryfast"}),
     "hevc": ("libx265", {"crf": "28", "preset": "ultrafast", "x265-params": "log-level=none:pools=1"}),
-    "mpeg4": ("mpeg4", {"qscale": "4"}),
+    "mpeg4": ("mpeg4", {"b": "6M"}),
 }
 
 

@@ -1,0 +1,491 @@
+import io
+from contextlib import suppress
+from dataclasses import replace
+from fractions import Fraction
+from itertools import pairwise
+from pathlib import Path
+from types import SimpleNamespace
+
+import av
+import fsspec
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ingest.decoders import CODECS, DECODERS, DEFAULT_BACKEND, backend_for
+from ingest.video import Clip, decode_clip, packets, read_clip
+from lake.errors import EpisodeError
+from lake.images import resize_rgb, rgb_of_frame
+
+FPS = 30
+LENGTHS = (25, 12, 20)
+STARTS = (0, 25, 37)
+TOTAL = sum(LENGTHS)
+ENCODERS = {"av1": "libsvtav1", "h264": "libx264", "hevc": "libx265", "mpeg4": "mpeg4", "vp9": "libvpx-vp9"}
+CASES = [
+    ("av1", 2, 0),
+    ("av1", 250, 0),
+    ("h264", 2, 0),
+    ("h264", 10, 3),
+    ("hevc", 10, 3),
+    ("hevc", 250, 0),
+    ("mpeg4", 10, 3),
+    ("mpeg4", 250, 0),
+]
+
+
+def make_video(path: Path, codec: str, *, num_frames: int = 20, gop: int = 10, b_frames: int = 0, **kw) -> Path:
+    """Encode moving blocks of 64 x 48 pixels, with open GOPs where there are B-frames.
+
+    Other arguments: seed, size, rate, time_base, times (of each frame, in ticks), audio, options, container_options.
+    """
+    width, height = kw.get("size", (64, 48))
+    rate, times = kw.get("rate", Fraction(FPS)), kw.get("times") or range(num_frames)
+    time_base = kw.get("time_base", 1 / Fraction(rate))
+    options = {"g": str(gop)} | {
+        "av1": {"preset": "12", "svtav1-params": "lp=1"},
+        "h264": {"x264-params": f"bframes={b_frames}:open-gop=1:b-adapt=0:crf=23"},
+        "hevc": {"x265-params": f"bframes={b_frames}:open-gop=1:keyint={gop}:pools=none:log-level=none"},
+    }.get(codec, {})
+    still = np.random.default_rng(kw.get("seed", 0)).integers(0, 256, (12, 16, 3), dtype=np.uint8)
+    with av.open(str(path), "w", container_options=kw.get("container_options") or {}) as container:
+        stream = container.add_stream(ENCODERS.get(codec, codec), rate=rate, options=options | kw.get("options", {}))
+        stream.width, stream.height, stream.pix_fmt = width, height, kw.get("pix_fmt", "yuv420p")
+        stream.codec_context.gop_size, stream.codec_context.time_base = gop, time_base
+        stream.codec_context.thread_count = 1
+        if codec in ("h264", "mpeg4"):
+            stream.codec_context.max_b_frames = b_frames
+        sound = container.add_stream("aac", rate=16_000, layout="mono") if kw.get("audio") else None
+        for at, time in zip(range(num_frames), times, strict=True):
+            cells = np.roll(still, (at, 2 * at), (0, 1))
+            image = np.kron(cells, np.ones((height // 12 + 1, width // 16 + 1, 1), np.uint8))[:height, :width]
+            frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(image), format="rgb24")
+            frame.pts, frame.time_base = time, time_base
+            container.mux(stream.encode(frame))
+            if sound is not None:
+                noise = av.AudioFrame.from_ndarray(np.full((1, 1024), at, np.float32), format="fltp", layout="mono")
+                noise.sample_rate, noise.pts = 16_000, 1024 * at
+                container.mux(sound.encode(noise))
+        container.mux(stream.encode(None))
+        if sound is not None:
+            container.mux(sound.encode(None))
+    return path
+
+
+def concatenate(paths: list[Path], dest: Path) -> Path:
+    """Join video files as LeRobot v3 datasets are made: FFmpeg's concat demuxer, packets copied."""
+    listing = dest.with_suffix(".txt")
+    listing.write_text("".join(f"file '{path}'\n" for path in paths))
+    with av.open(str(listing), format="concat", options={"safe": "0"}) as source, av.open(str(dest), "w") as output:
+        stream = output.add_stream_from_template(source.streams.video[0], opaque=True)
+        for packet in source.demux(source.streams.video[0]):
+            if packet.dts is not None:
+                packet.stream = stream
+                output.mux(packet)
+    return dest
+
+
+def decode_all(path: Path, longer_side: int = 224) -> list[np.ndarray]:
+    with av.open(str(path)) as container:
+        return [rgb_of_frame(frame, longer_side) for frame in container.decode(video=0)]
+
+
+def same(images, others) -> bool:
+    return all(np.array_equal(a, b) for a, b in zip(images, others, strict=True))
+
+
+def reason_of(call, *args, **kwargs) -> str:
+    with pytest.raises(EpisodeError) as caught:
+        call(*args, **kwargs)
+    assert caught.value.message
+    return caught.value.reason
+
+
+@pytest.fixture(scope="module", params=CASES, ids=lambda case: "-".join(map(str, case)))
+def joined(request, tmp_path_factory):
+    """Three episodes in files of their own, and the same in one file."""
+    codec, gop, b_frames = request.param
+    folder = tmp_path_factory.mktemp("joined")
+    pieces = [
+        make_video(folder / f"{i}.mp4", codec, num_frames=n, gop=gop, b_frames=b_frames, seed=i)
+        for i, n in enumerate(LENGTHS)
+    ]
+    frames = [image for piece in pieces for image in decode_all(piece)]
+    whole = concatenate(pieces, folder / "whole.mp4")
+    return SimpleNamespace(codec=codec, pieces=pieces, whole=whole, frames=frames, dest=folder / "clip.mp4")
+
+
+def test_a_whole_file_is_one_clip(joined):
+    clip = read_clip(joined.pieces[0], dest=joined.dest)
+    payloads = list(packets(joined.pieces[0]))
+    assert (clip.codec, clip.width, clip.height) == (joined.codec, 64, 48)
+    assert (clip.num_lead_frames, clip.num_frames) == (0, LENGTHS[0])
+    assert clip.num_bytes == sum(map(len, payloads))
+    assert list(packets(joined.dest)) == payloads
+    assert same(decode_clip(joined.dest, clip=clip, longer_side=224), joined.frames[: LENGTHS[0]])
+
+
+def test_an_episode_has_one_digest_alone_and_in_a_joined_file(joined):
+    digests = set()
+    for piece, start, length in zip(joined.pieces, STARTS, LENGTHS, strict=True):
+        clip = read_clip(joined.whole, start_s=start / FPS, end_s=(start + length) / FPS, fps=FPS)
+        assert clip.num_frames == length
+        assert clip.packets_sha256 == read_clip(piece).packets_sha256
+        digests.add(clip.packets_sha256)
+    assert len(digests) == len(LENGTHS)
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.tuples(st.integers(0, TOTAL), st.integers(0, TOTAL)).filter(lambda pair: pair[0] != pair[1]).map(sorted))
+def test_any_slice_gives_its_own_frames(joined, pair):
+    start, end = pair
+    clip = read_clip(joined.whole, start_s=start / FPS, end_s=end / FPS, fps=FPS, dest=joined.dest)
+    assert clip.num_frames == end - start
+    assert same(decode_clip(joined.dest, clip=clip, longer_side=224), joined.frames[start:end])
+    assert read_clip(joined.whole, start_s=start / FPS, end_s=end / FPS) == clip
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.data())
+def test_a_slice_has_one_digest_alone_and_in_a_joined_file(joined, data):
+    number = data.draw(st.integers(0, len(LENGTHS) - 1))
+    start = data.draw(st.integers(0, LENGTHS[number] - 1))
+    end = data.draw(st.integers(start + 1, LENGTHS[number]))
+    alone = read_clip(joined.pieces[number], start_s=start / FPS, end_s=end / FPS, fps=FPS)
+    first = STARTS[number]
+    within = read_clip(joined.whole, start_s=(first + start) / FPS, end_s=(first + end) / FPS, fps=FPS)
+    assert (within.packets_sha256, within.num_frames) == (alone.packets_sha256, end - start)
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.lists(st.floats(0.01, TOTAL / FPS), min_size=1, max_size=4, unique=True).map(sorted))
+def test_slices_that_adjoin_share_and_lose_no_frame(joined, cuts):
+    bounds = [0.0, *cuts, None]
+    counts = []
+    for start_s, end_s in pairwise(bounds):
+        with suppress(EpisodeError):  # No frame begins there.
+            counts.append(read_clip(joined.whole, start_s=start_s, end_s=end_s, fps=FPS).num_frames)
+    assert sum(counts) == TOTAL
+
+
+def test_an_open_end_reaches_the_last_frame(joined):
+    clip = read_clip(joined.whole, start_s=STARTS[2] / FPS, dest=joined.dest)
+    assert clip.num_frames == LENGTHS[2]
+    assert same(decode_clip(joined.dest, clip=clip, longer_side=224), joined.frames[STARTS[2] :])
+
+
+def test_the_mp4_is_the_same_bytes_each_time_and_starts_at_zero(joined, tmp_path):
+    for number in range(2):
+        read_clip(joined.whole, start_s=15 / FPS, end_s=31 / FPS, dest=tmp_path / f"{number}.mp4")
+    first, second = ((tmp_path / f"{number}.mp4").read_bytes() for number in range(2))
+    assert first == second
+    assert b"elst" not in first
+    assert first.index(b"moov") < first.index(b"mdat")
+    with av.open(io.BytesIO(first)) as container:
+        stream = container.streams.video[0]
+        assert stream.start_time == 0
+        begin = next(container.demux(stream))
+        assert begin.is_keyframe
+        assert begin.pts == 0
+
+
+def test_another_size_comes_from_the_stored_mp4(joined):
+    clip = read_clip(joined.whole, start_s=STARTS[1] / FPS, end_s=STARTS[2] / FPS, dest=joined.dest)
+    small = list(decode_clip(joined.dest, clip=clip, longer_side=32))
+    assert {image.shape for image in small} == {(24, 32, 3)}
+    assert {image.dtype for image in small} == {np.dtype(np.uint8)}
+    assert same(small, decode_all(joined.whole, 32)[STARTS[1] : STARTS[2]])
+
+
+def test_a_file_object_gives_what_its_path_gives(joined):
+    expected = read_clip(joined.whole, start_s=0.5, end_s=1.0)
+    with joined.whole.open("rb") as file:
+        assert read_clip(file, start_s=0.5, end_s=1.0, dest=joined.dest) == expected
+        assert not file.closed
+    assert read_clip(str(joined.whole), start_s=0.5, end_s=1.0) == expected
+    stored = io.BytesIO(joined.dest.read_bytes())
+    assert same(decode_clip(stored, clip=expected, longer_side=224), joined.frames[15:30])
+
+
+@pytest.mark.parametrize("backend", ["torchcodec", "decord"])
+def test_other_back_ends_give_nearly_the_same_frames(joined, backend):
+    pytest.importorskip(backend)
+    if backend == "decord" and joined.codec in ("av1", "mpeg4"):
+        with pytest.raises(ValueError, match="take pyav or torchcodec"):
+            decode_clip(joined.dest, clip=Clip(joined.codec, 64, 48, 0, 1, 1, ""), longer_side=32, backend=backend)
+        return
+    clip = read_clip(joined.whole, start_s=15 / FPS, end_s=31 / FPS, dest=joined.dest)
+    images = list(decode_clip(joined.dest, clip=clip, longer_side=16, backend=backend))
+    expected = [resize_rgb(image, 16) for image in joined.frames[15:31]]
+    assert len(images) == len(expected)
+    assert max(np.abs(a.astype(int) - b).mean() for a, b in zip(images, expected, strict=True)) < 10
+    with pytest.raises(EpisodeError, match="video-truncated"):
+        list(decode_clip(joined.dest, clip=replace(clip, num_frames=40), longer_side=16, backend=backend))
+
+
+def test_a_file_that_is_no_video_fails_alike_on_every_back_end(tmp_path):
+    path = tmp_path / "video.mp4"
+    path.write_bytes(b"no video at all, but long enough to be read")
+    for backend in DECODERS:
+        if backend != "pyav":
+            pytest.importorskip(backend)
+        images = decode_clip(path, clip=Clip("h264", 64, 48, 0, 1, 1, ""), longer_side=32, backend=backend)
+        assert reason_of(list, images) == "video-undecodable"
+
+
+def test_every_codec_has_a_default_back_end():
+    assert set(DEFAULT_BACKEND) == set(CODECS)
+    assert set(DEFAULT_BACKEND.values()) <= set(DECODERS)
+    assert [backend_for(codec) for codec in CODECS] == list(DEFAULT_BACKEND.values())
+
+
+def test_an_unknown_back_end_is_a_value_error(tmp_path):
+    with pytest.raises(ValueError, match="there is no back end 'opencv'"):
+        decode_clip(tmp_path / "video.mp4", clip=Clip("h264", 64, 48, 0, 1, 1, ""), longer_side=32, backend="opencv")
+
+
+@pytest.mark.parametrize("codec", ["h264", "mpeg4"])
+@pytest.mark.parametrize("end", ["mp4", "mkv"])
+@pytest.mark.parametrize(
+    ("rate", "time_base"),
+    [(FPS, Fraction(1, 30)), (Fraction(30_000, 1001), Fraction(1001, 30_000)), (50, Fraction(1, 1000)), (15, None)],
+)
+def test_any_time_base_will_do(tmp_path, codec, end, rate, time_base):
+    step = 1 if time_base is None else int(1 / (rate * time_base))
+    path = make_video(
+        tmp_path / f"video.{end}",
+        codec,
+        b_frames=2 if end == "mp4" else 0,
+        rate=Fraction(rate),
+        time_base=time_base or 1 / Fraction(rate),
+        times=range(0, 20 * step, step),
+    )
+    clip = read_clip(path, start_s=float(7 / Fraction(rate)), end_s=float(16 / Fraction(rate)), dest=tmp_path / "c.mp4")
+    assert clip.num_frames == 9
+    assert same(decode_clip(tmp_path / "c.mp4", clip=clip, longer_side=224), decode_all(path)[7:16])
+    with av.open(str(tmp_path / "c.mp4")) as container:
+        assert float(container.streams.video[0].average_rate) == pytest.approx(float(rate), rel=0.02)
+
+
+def test_frames_are_chosen_by_the_times_they_carry(tmp_path):
+    times = [0, 1, 2, 5, 6, 7, 8, 20, 21, 22, 23, 24]
+    path = make_video(tmp_path / "gaps.mp4", "h264", num_frames=len(times), times=times, gop=4)
+    clip = read_clip(path, start_s=5 / FPS, end_s=22 / FPS, fps=FPS, dest=tmp_path / "c.mp4")
+    assert clip.num_frames == 6
+    assert same(decode_clip(tmp_path / "c.mp4", clip=clip, longer_side=224), decode_all(path)[3:9])
+    for start in range(25):
+        clip = read_clip(path, start_s=start / FPS, fps=FPS)
+        assert clip.num_frames == sum(time >= start for time in times)
+
+
+def test_several_frames_in_one_slot_are_all_taken(tmp_path):
+    times = [4 * at for at in range(8)] + [32, 33, 34, 35] + [4 * at for at in range(9, 17)]
+    path = make_video(
+        tmp_path / "dense.mp4", "mpeg4", num_frames=len(times), times=times, gop=1, time_base=Fraction(1, 120)
+    )
+    for start in range(17):
+        clip = read_clip(path, start_s=start / FPS, fps=FPS)
+        assert clip.num_frames == sum(time >= 4 * start - 2 for time in times)
+
+
+def test_sound_is_left_out(tmp_path):
+    path = make_video(tmp_path / "loud.mp4", "h264", audio=True)
+    silent = make_video(tmp_path / "silent.mp4", "h264")
+    clip = read_clip(path, dest=tmp_path / "c.mp4")
+    assert clip == read_clip(silent)
+    with av.open(str(tmp_path / "c.mp4")) as container:
+        assert [stream.type for stream in container.streams] == ["video"]
+    assert same(decode_clip(tmp_path / "c.mp4", clip=clip, longer_side=224), decode_all(silent))
+
+
+def test_frames_cut_by_an_edit_list_only_lead_in(tmp_path):
+    path = make_video(tmp_path / "video.mp4", "h264", gop=250)
+    with av.open(str(path)) as source, av.open(str(tmp_path / "cut.mp4"), "w") as output:
+        stream = output.add_stream_from_template(source.streams.video[0], opaque=True)
+        for packet in source.demux(source.streams.video[0]):
+            if packet.size:
+                shift = int(5 / FPS / packet.time_base)
+                packet.pts, packet.dts, packet.stream = packet.pts - shift, packet.dts - shift, stream
+                output.mux(packet)
+    clip = read_clip(tmp_path / "cut.mp4", dest=tmp_path / "c.mp4")
+    assert (clip.num_lead_frames, clip.num_frames) == (5, 15)
+    assert same(decode_clip(tmp_path / "c.mp4", clip=clip, longer_side=224), decode_all(path)[5:])
+
+
+def test_a_late_episode_of_a_long_file_is_found_without_reading_the_file(tmp_path):
+    path = make_video(tmp_path / "long.mp4", "mpeg4", num_frames=300, size=(320, 240), options={"b": "40M"}, seed=1)
+
+    class Counting(io.FileIO):
+        num_read = 0
+
+        def read(self, size=-1):
+            data = super().read(size)
+            self.num_read += len(data)
+            return data
+
+    assert path.stat().st_size > 3 << 20
+    for start_s in (250 / FPS, 8.333333, 8.333334):
+        with Counting(path) as file:
+            clip = read_clip(file, start_s=start_s, end_s=260 / FPS)
+            assert (clip.num_lead_frames, clip.num_frames) == (0, 10)
+            assert file.num_read < path.stat().st_size // 3
+
+
+def test_a_remote_file_object_will_do(tmp_path):
+    path = make_video(tmp_path / "video.mp4", "h264")
+    memory = fsspec.filesystem("memory")
+    memory.pipe_file("/test_video/video.mp4", path.read_bytes())
+    with memory.open("/test_video/video.mp4", "rb") as file:
+        assert read_clip(file) == read_clip(path)
+    memory.rm("/test_video", recursive=True)
+
+
+def test_an_error_of_the_store_is_not_the_episodes_fault(tmp_path):
+    class Failing(io.BytesIO):
+        num_left = 3
+
+        def read(self, size=-1):
+            self.num_left -= 1
+            if self.num_left < 0:
+                raise ConnectionResetError("the store went away")
+            return super().read(size)
+
+    file = Failing(make_video(tmp_path / "video.mp4", "mpeg4").read_bytes())
+    with pytest.raises(ConnectionResetError, match="the store went away"):
+        read_clip(file)
+
+
+@pytest.mark.parametrize("movflags", ["faststart", "frag_keyframe", ""])
+@pytest.mark.parametrize("codec", ["av1", "h264"])
+def test_a_file_cut_at_any_byte_is_truncated(tmp_path, codec, movflags):
+    path = make_video(tmp_path / "video.mp4", codec, container_options={"movflags": movflags} if movflags else None)
+    whole = path.read_bytes()
+    # Between fragments, a cut file is a shorter whole one; behind the last, only their index is lost.
+    between = {at - 4 for at in range(len(whole)) if whole.startswith((b"moof", b"mfra"), at)}
+    last = max(between, default=len(whole))
+    cuts = {*range(1, len(whole), 61), *range(max(1, len(whole) - 40), len(whole))}
+    for cut in sorted(cut for cut in cuts - between if cut < last):
+        reason = reason_of(read_clip, io.BytesIO(whole[:cut]), dest=tmp_path / "c.mp4")
+        assert reason == "video-truncated", cut
+        assert not (tmp_path / "c.mp4").exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (b"", "video-empty"),
+        (b"\0", "video-truncated"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 12345\n", "lfs-pointer"),
+        (b"<html><body>403 Forbidden, not a video</body></html>", "video-undecodable"),
+        (bytes(4096), "video-undecodable"),
+        (b"#EXTM3U\n#EXT-X-TARGETDURATION:1\n#EXTINF:1,\nvideo.mp4\n#EXT-X-ENDLIST\n", "video-undecodable"),
+        (b"ffconcat version 1.0\nfile 'video.mp4'\n", "video-undecodable"),
+        (np.random.default_rng(0).bytes(4096), "video-undecodable"),
+    ],
+)
+def test_what_is_no_video_is_told_apart(tmp_path, content, reason):
+    make_video(tmp_path / "video.mp4", "h264")
+    path = tmp_path / "bad.mp4"
+    path.write_bytes(content)
+    assert reason_of(read_clip, path, dest=tmp_path / "c.mp4") == reason
+    assert not (tmp_path / "c.mp4").exists()
+
+
+def test_a_missing_file_is_the_callers_affair(tmp_path):
+    with pytest.raises(FileNotFoundError):
+        read_clip(tmp_path / "missing.mp4")
+
+
+def test_a_file_of_sound_only_has_no_video(tmp_path):
+    with av.open(str(tmp_path / "sound.mp4"), "w") as container:
+        sound = container.add_stream("aac", rate=16_000, layout="mono")
+        frame = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), format="fltp", layout="mono")
+        frame.sample_rate = 16_000
+        container.mux(sound.encode(frame))
+        container.mux(sound.encode(None))
+    assert reason_of(read_clip, tmp_path / "sound.mp4") == "video-undecodable"
+
+
+def test_the_codec_is_what_is_inside(tmp_path):
+    for codec in ENCODERS:
+        assert read_clip(make_video(tmp_path / "observation.images.h264.mp4", codec)).codec == codec
+
+
+def test_vp9_decodes(tmp_path):
+    path = make_video(tmp_path / "video.mp4", "vp9")
+    clip = read_clip(path, start_s=13 / FPS, dest=tmp_path / "c.mp4")
+    assert (clip.num_lead_frames, clip.num_frames) == (3, 7)
+    assert same(decode_clip(tmp_path / "c.mp4", clip=clip, longer_side=224), decode_all(path)[13:])
+
+
+@pytest.mark.parametrize("codec", ["mjpeg", "mpeg2video"])
+def test_another_codec_is_unknown(tmp_path, codec):
+    pix_fmt = "yuvj420p" if codec == "mjpeg" else "yuv420p"
+    path = make_video(tmp_path / "video.mp4", codec, pix_fmt=pix_fmt)
+    assert reason_of(read_clip, path) == "unknown-codec"
+
+
+def test_huge_frames_are_refused(tmp_path):
+    path = make_video(tmp_path / "wide.mp4", "vp9", size=(16_400, 16), num_frames=1)
+    assert reason_of(read_clip, path) == "video-too-large"
+
+
+@pytest.mark.parametrize(("codec", "num_kept"), [*((codec, 0) for codec in ENCODERS), ("h264", 100), ("mpeg4", 100)])
+def test_damaged_packets_are_undecodable(tmp_path, codec, num_kept):
+    path = make_video(tmp_path / "video.mp4", codec, gop=5)
+    clip = read_clip(path, dest=tmp_path / "c.mp4")
+    damaged = bytearray((tmp_path / "c.mp4").read_bytes())
+    with av.open(str(tmp_path / "c.mp4")) as container:
+        key = [packet for packet in container.demux(video=0) if packet.is_keyframe and packet.size][1]
+        damaged[key.pos + num_kept : key.pos + key.size] = bytes(key.size - num_kept)
+    (tmp_path / "c.mp4").write_bytes(damaged)
+    images = decode_clip(tmp_path / "c.mp4", clip=clip, longer_side=224)
+    assert same([next(images) for _ in range(4)], decode_all(path)[:4])
+    assert reason_of(list, images) == "video-undecodable"
+
+
+def test_frames_of_another_size_than_promised_are_undecodable(tmp_path):
+    clip = read_clip(make_video(tmp_path / "video.mp4", "h264"), dest=tmp_path / "c.mp4")
+    wrong = replace(clip, width=128)
+    assert reason_of(list, decode_clip(tmp_path / "c.mp4", clip=wrong, longer_side=224)) == "video-undecodable"
+
+
+def test_fewer_frames_than_promised_is_truncated(tmp_path):
+    clip = read_clip(make_video(tmp_path / "video.mp4", "h264"), dest=tmp_path / "c.mp4")
+    images = decode_clip(tmp_path / "c.mp4", clip=replace(clip, num_frames=21), longer_side=224)
+    assert len([next(images) for _ in range(20)]) == 20
+    assert reason_of(list, images) == "video-truncated"
+
+
+def test_a_file_that_begins_off_a_keyframe_is_undecodable(tmp_path):
+    path = make_video(tmp_path / "video.mp4", "mpeg4", gop=10)
+    with av.open(str(path)) as source, av.open(str(tmp_path / "late.mp4"), "w") as output:
+        stream = output.add_stream_from_template(source.streams.video[0], opaque=True)
+        for number, packet in enumerate(source.demux(source.streams.video[0])):
+            if number and packet.size:
+                packet.stream = stream
+                output.mux(packet)
+    assert reason_of(read_clip, tmp_path / "late.mp4") == "video-undecodable"
+    clip = read_clip(tmp_path / "late.mp4", start_s=9 / FPS, dest=tmp_path / "c.mp4")
+    assert same(decode_clip(tmp_path / "c.mp4", clip=clip, longer_side=224), decode_all(path)[10:])
+
+
+def test_a_stretch_behind_the_end_is_truncated(tmp_path):
+    path = make_video(tmp_path / "video.mp4", "h264")
+    assert reason_of(read_clip, path, start_s=2.0, end_s=3.0) == "video-truncated"
+    assert read_clip(path, start_s=0.5, end_s=3.0).num_frames == 5
+
+
+@pytest.mark.parametrize(("start_s", "end_s"), [(1.0, 1.0), (1.0, 0.5), (-0.1, 1.0)])
+def test_an_empty_stretch_is_a_value_error(tmp_path, start_s, end_s):
+    with pytest.raises(ValueError, match="give 0 <= start_s < end_s"):
+        read_clip(tmp_path / "video.mp4", start_s=start_s, end_s=end_s)
+
+
+def test_a_path_is_never_an_address(tmp_path, monkeypatch):
+    make_video(tmp_path / "video.mp4", "h264")
+    monkeypatch.chdir(tmp_path)
+    for address in ("concat:video.mp4|video.mp4", "file:video.mp4", "http://127.0.0.1:9/video.mp4"):
+        with pytest.raises(FileNotFoundError):
+            read_clip(address)
