@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 
+from ingest.files import LFS_MARK
 from lake.errors import EpisodeError
 from lake.images import resize_rgb, rgb_of_frame
 
@@ -32,7 +33,6 @@ DECORD_CODECS = ("h264", "hevc", "vp9")
 """decord cannot open AV1, and was seen to give a wrong frame without a word in MPEG-4 with B-frames."""
 MAX_SIDE = 16_384
 MAX_PIXELS = 64_000_000
-LFS_MARK = b"version https://git-lfs"
 
 _LIMITS = {
     # Only these demuxers and decoders ever see a file: others open further files and addresses, or are rarely tested.
@@ -153,7 +153,7 @@ def decode_torchcodec(
     Raises:
         EpisodeError: video-truncated or video-undecodable.
     """
-    from torchcodec.decoders import VideoDecoder
+    from torchcodec.decoders import VideoDecoder  # pyright: ignore[reportPrivateImportUsage]
 
     name = name_of(source)
     width, height = size
@@ -208,7 +208,6 @@ DECODERS: dict[str, Callable[..., Iterator[np.ndarray]]] = {
     "torchcodec": decode_torchcodec,
     "decord": decode_decord,
 }
-
 
 DEFAULT_BACKEND: dict[str, str] = {"av1": "pyav", "h264": "pyav", "hevc": "pyav", "mpeg4": "pyav", "vp9": "pyav"}
 """The fastest on one core, by ``python -m jobs.bench decode``: it alone shrinks a frame while converting it to RGB."""

@@ -285,15 +285,19 @@ def _check_held(num_bytes: int, name: str) -> None:
 def _mp4(dest: Path | None, template: "VideoStream") -> Iterator["OutputContainer | None"]:
     """Open an mp4 file for the packets of a stream; remove it if the block raises."""
     import av
+    from av.error import ArgumentError, InvalidDataError
 
     if dest is None:
         yield None
         return
     with ExitStack() as on_error:
         on_error.callback(dest.unlink, missing_ok=True)
-        with av.open(f"file:{dest}", "w", format="mp4", options=_MP4_OPTIONS) as output:
-            output.add_stream_from_template(template, opaque=True)
-            yield output
+        try:
+            with av.open(f"file:{dest}", "w", format="mp4", options=_MP4_OPTIONS) as output:
+                output.add_stream_from_template(template, opaque=True)
+                yield output
+        except (ArgumentError, InvalidDataError) as error:
+            raise EpisodeError("video-undecodable", f"no mp4 can hold these packets: {error}") from error
         on_error.pop_all()
 
 

@@ -4,8 +4,10 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +61,16 @@ def write_episode(root: Path, index: int, episode: Made, task_index: int, views:
     for view in views:
         video = root / VIDEO.format(view, index)
         video.parent.mkdir(parents=True, exist_ok=True)
-        encode_video(moving_pictures(n, episode.seed), video, fps=10)
+        video.write_bytes(encoded_video(n, episode.seed))
+
+
+@cache
+def encoded_video(num_frames: int, seed: int) -> bytes:
+    """Return an mp4 file; the encoder's output may differ from run to run, so each is made once."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "video.mp4"
+        encode_video(moving_pictures(num_frames, seed), path, fps=10)
+        return path.read_bytes()
 
 
 def moving_pictures(num_frames: int, seed: int, width: int = 64, height: int = 48) -> list[np.ndarray]:

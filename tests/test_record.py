@@ -114,6 +114,26 @@ def test_another_seed_records_other_episodes(recorded: tuple[Path, dict[str, Any
     assert episodes(tmp_path / "other")[0]["action"][0].tolist() not in before
 
 
+def test_failures_are_dropped_and_tried_again_or_kept(tmp_path: Path) -> None:
+    # Asked so rarely, the expert loses the third of these balls.
+    config = {"tasks": ("basketball-v3",), "episodes": 3, "stride": 10, "size": 16, "cameras": ("gripperPOV",)}
+    run(Config(out=str(tmp_path / "all"), keep_failures=True, **config))
+    run(Config(out=str(tmp_path / "good"), **config))
+    everything, good = episodes(tmp_path / "all"), episodes(tmp_path / "good")
+    assert [episode["next.success"].any() for episode in everything] == [True, True, False]
+    assert [episode["next.success"].any() for episode in good] == [True, True, True]
+    assert len(everything[2]["action"]) == 50
+    for before, after in zip(everything[:2], good[:2], strict=True):
+        assert np.array_equal(before["action"], after["action"])
+
+
+def test_an_expert_that_always_fails_ends_the_job(tmp_path: Path) -> None:
+    config = {"tasks": ("lever-pull-v3",), "episodes": 1, "stride": 10, "size": 16, "cameras": ("gripperPOV",)}
+    with pytest.raises(RobolakeError, match="lever-pull-v3 succeeded in 0 of 7 attempts"):
+        run(Config(out=str(tmp_path / "out"), **config))
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_corner_cameras_have_nothing_above_and_the_floor_below() -> None:
     cameras = ("corner", "corner2", "corner4")
     with closing(MetaWorld("button-press-topdown-v3", cameras=cameras, size=64)) as world:

@@ -45,7 +45,7 @@ def make_video(path: Path, codec: str, *, num_frames: int = 20, gop: int = 10, b
     time_base = kw.get("time_base", 1 / Fraction(rate))
     options = {"g": str(gop)} | {
         "av1": {"preset": "12", "svtav1-params": "lp=1"},
-        "h264": {"x264-params": f"bframes={b_frames}:open-gop=1:b-adapt=0:crf=23"},
+        "h264": {"x264-params": f"bframes={b_frames}:open-gop=1:b-adapt=0"},
         "hevc": {"x265-params": f"bframes={b_frames}:open-gop=1:keyint={gop}:pools=none:log-level=none"},
     }.get(codec, {})
     still = np.random.default_rng(kw.get("seed", 0)).integers(0, 256, (12, 16, 3), dtype=np.uint8)
@@ -291,12 +291,15 @@ def test_several_frames_in_one_slot_are_all_taken(tmp_path):
 
 def test_sound_is_left_out(tmp_path):
     path = make_video(tmp_path / "loud.mp4", "h264", audio=True)
-    silent = make_video(tmp_path / "silent.mp4", "h264")
     clip = read_clip(path, dest=tmp_path / "c.mp4")
-    assert clip == read_clip(silent)
+    with av.open(str(path)) as container:
+        assert len(container.streams) == 2
+        assert list(packets(tmp_path / "c.mp4")) == [
+            bytes(packet) for packet in container.demux(video=0) if packet.size
+        ]
     with av.open(str(tmp_path / "c.mp4")) as container:
         assert [stream.type for stream in container.streams] == ["video"]
-    assert same(decode_clip(tmp_path / "c.mp4", clip=clip, longer_side=224), decode_all(silent))
+    assert same(decode_clip(tmp_path / "c.mp4", clip=clip, longer_side=224), decode_all(path))
 
 
 def test_frames_cut_by_an_edit_list_only_lead_in(tmp_path):

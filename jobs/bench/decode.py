@@ -157,6 +157,7 @@ def _sources(config: Config, folder: Path) -> Iterator[Path]:
 def _moving_texture(path: Path, codec: str, gop: int, num_frames: int) -> Path:
     """Encode a texture that drifts behind a still one, with camera noise, at 640 x 480 and 30 frames/s."""
     import av
+    from av.video.stream import VideoStream
 
     rng = np.random.default_rng(0)
     far, near = (np.kron(rng.integers(0, 256, (60, 80, 3)), np.ones((8, 8, 1))) for _ in range(2))
@@ -164,6 +165,7 @@ def _moving_texture(path: Path, codec: str, gop: int, num_frames: int) -> Path:
     name, options = ENCODERS[codec]
     with av.open(str(path), "w") as container:
         stream = container.add_stream(name, rate=30, options=options | {"g": str(gop)})
+        assert isinstance(stream, VideoStream)
         stream.width, stream.height, stream.pix_fmt = 640, 480, "yuv420p"
         stream.codec_context.gop_size, stream.codec_context.max_b_frames = gop, 0
         for at in range(num_frames):
@@ -178,4 +180,4 @@ def _gop_fps(path: Path) -> tuple[int, float]:
     """Return frames per keyframe, rounded, and frames per second."""
     with open_video(path) as (container, stream):
         keyframes = [packet.is_keyframe for packet in read_packets(container, stream, str(path))]
-        return round(len(keyframes) / max(1, sum(keyframes))), float(stream.average_rate)
+        return round(len(keyframes) / max(1, sum(keyframes))), float(stream.average_rate or 30)
