@@ -20,7 +20,7 @@ from lake.checksum import FramesDigest
 from lake.images import encode_jpeg
 from lake.schema import DERIVED, FRAMES, frames_table
 from lake.storage import Storage
-from lake.tables import append_fragments, create_table, merge_new, open_table
+from lake.tables import append_fragments, create_table, merge_new, open_table, take_rows
 
 _BATCH_FRAMES = 64
 _COLUMNS = [name for name in FRAMES.names if name != "views"]
@@ -113,7 +113,7 @@ class _Deriver:
         ]
         for start in range(0, count, _BATCH_FRAMES):
             ids = list(range(first + start, first + min(start + _BATCH_FRAMES, count)))
-            rows = frames._take_rows(ids, columns=_COLUMNS).combine_chunks()  # noqa: SLF001
+            rows = take_rows(frames, ids, _COLUMNS).combine_chunks()
             views: list[list[bytes]] = [[] for _ in ids]
             for decoder in decoders:
                 for at, rgb in enumerate(islice(decoder, len(ids))):
@@ -136,7 +136,7 @@ def _clips(videos: LanceDataset, episode: dict[str, Any], folder: Path) -> Itera
     names = ["codec", "width", "height", "num_lead_frames", "num_frames", "num_bytes", "packets_sha256"]
     if not ids:
         return
-    described = videos._take_rows(ids, columns=names).to_pylist()  # noqa: SLF001
+    described = take_rows(videos, ids, names).to_pylist()
     for at, (blob, row) in enumerate(zip(videos.take_blobs("video", ids=ids), described, strict=True)):
         path = folder / f"{episode['episode_uid']}-{at}.mp4"
         with blob, path.open("wb") as file:

@@ -198,8 +198,6 @@ def _select(
             return
         latest = max(latest, timed.pts)
         is_wanted = window.shows(timed)
-        if not is_wanted and timed.pts < lead[0].pts:
-            continue  # It needs packets before the keyframe, and nothing that is shown after the keyframe needs it.
         held.append(timed)
         num_held_bytes += timed.packet.size
         _check_held(num_held_bytes, name)
@@ -273,7 +271,12 @@ def _from_keyframe(timed_packets: Iterator[_Timed], window: _Window, name: str) 
     if not num_until_wanted:
         return []
     keys = [i for i in range(num_until_wanted) if lead[i].packet.is_keyframe and lead[i].pts <= shown]
-    return lead[keys[-1] :] if keys else None
+    if not keys:
+        return None
+    key, *rest = lead[keys[-1] :]
+    while rest and rest[0].pts < key.pts:  # It needs packets before the keyframe, and nothing shown later needs it.
+        key = key._replace(dts=rest.pop(0).dts)
+    return [key, *(timed for timed in rest if timed.pts >= key.pts)]
 
 
 def _check_held(num_bytes: int, name: str) -> None:

@@ -9,13 +9,12 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
-from lance import LanceDataset
+from lance import BlobFile, LanceDataset
 
-from lake.errors import LakeDamagedError
 from lake.schema import FRAMES, frames_table
 from lake.sketch import Sketch, merge
 from lake.storage import Storage
-from lake.tables import open_table, quoted
+from lake.tables import open_table, quoted, take_rows
 
 if TYPE_CHECKING:
     import ray.data
@@ -157,7 +156,7 @@ class Release:
             ids = [i for e in part for i in range(e["stats_first_row"], e["stats_first_row"] + e["stats_rows"])]
             of_uid = {e["episode_uid"]: (e["source"], e["embodiment"]) for e in part}
             gathered: dict[tuple[str, str, str], list[Sketch]] = {}
-            for row in _take(dataset, ids, None).to_pylist():
+            for row in take_rows(dataset, ids, None).to_pylist():
                 key = (*of_uid[row["episode_uid"]], row["feature"])
                 gathered.setdefault(key, []).append(Sketch.from_columns(row))
             for key, sketches in gathered.items():
@@ -170,27 +169,31 @@ class Release:
         Raises:
             KeyError: no such episode or view in this release.
         """
-        for row_id, row in self.videos(episode_uid):
-            if row["view"] == view:
-                return bytes(self._open("videos").read_blobs("video", ids=[row_id])[0][1] or b"")
+        for row, blob in self.open_videos(episode_uid):
+            with blob:
+                if row["view"] == view:
+                    return blob.readall()
         raise KeyError(f"episode {episode_uid} has no view {view!r} in release {self.name}")
 
-    def videos(self, episode_uid: str) -> list[tuple[int, dict[str, Any]]]:
-        """Return (row id, description) of each view's video of an episode, in the order of its views.
+    def open_videos(self, episode_uid: str) -> list[tuple[dict[str, Any], BlobFile]]:
+        """Return each view's description and its mp4 file, open for reading, in the order of the views.
+
+        The description has the columns of ``videos``; a file may show ``num_lead_frames``
+        frames before the episode's first one, where the source's keyframes lie so.
 
         Raises:
             KeyError: no such episode in this release.
         """
-        found = _scan(
-            self._open("episodes"), f"episode_uid IN ({quoted([episode_uid])})", ["videos_first_row", "videos_rows"]
-        ).to_pylist()
+        where = f"episode_uid IN ({quoted([episode_uid])})"
+        found = _scan(self._open("episodes"), where, ["videos_first_row", "videos_rows"]).to_pylist()
         if not found:
             raise KeyError(f"release {self.name} has no episode {episode_uid}")
-        first, count = found[0]["videos_first_row"], found[0]["videos_rows"]
+        ids = list(range(found[0]["videos_first_row"], found[0]["videos_first_row"] + found[0]["videos_rows"]))
+        if not ids:
+            return []
         dataset = self._open("videos")
-        names = [name for name in dataset.schema.names if name != "video"]
-        ids = list(range(first, first + count))
-        return list(zip(ids, _take(dataset, ids, names).to_pylist(), strict=True))
+        rows = take_rows(dataset, ids, [name for name in dataset.schema.names if name != "video"]).to_pylist()
+        return list(zip(rows, dataset.take_blobs("video", ids=ids), strict=True))
 
     def _open(self, table: str) -> LanceDataset:
         if table not in self.versions:
@@ -264,17 +267,7 @@ def _read_ranges(
     for first, rows in ranges:
         for start in range(first, first + rows, batch_rows):
             ids = list(range(start, min(start + batch_rows, first + rows)))
-            yield from _take(dataset, ids, columns).to_batches()
-
-
-def _take(dataset: LanceDataset, ids: list[int], columns: Sequence[str] | None) -> pa.Table:
-    """Return rows by stable id, in the order given."""
-    if not ids:
-        return dataset.schema.empty_table()
-    table = dataset._take_rows(ids, columns=list(columns) if columns is not None else None)  # noqa: SLF001
-    if table.num_rows != len(ids):
-        raise LakeDamagedError(f"{dataset.uri}: {len(ids) - table.num_rows} of {len(ids)} rows are gone")
-    return table
+            yield from take_rows(dataset, ids, columns).to_batches()
 
 
 def _checked_scanner(dataset: LanceDataset, where: str | None, columns: Sequence[str] | None, **options: Any) -> Any:

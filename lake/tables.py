@@ -1,7 +1,7 @@
 """Opening, creating and appending to the Lance tables of a lake."""
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypeVar
 
 import lance
@@ -52,6 +52,21 @@ def create_table(storage: Storage, table: str) -> None:
     except OSError as error:
         if "already exists" not in str(error).lower():
             raise store_error(uri, error) from error
+
+
+def take_rows(dataset: LanceDataset, ids: Sequence[int], columns: Sequence[str] | None) -> pa.Table:
+    """Return rows by stable id, in the order given.
+
+    Raises:
+        LakeDamagedError: some are gone.
+    """
+    if not ids:
+        names = columns if columns is not None else dataset.schema.names
+        return pa.schema([dataset.schema.field(name) for name in names]).empty_table()
+    table = dataset._take_rows(list(ids), columns=list(columns) if columns is not None else None)  # noqa: SLF001
+    if table.num_rows != len(ids):
+        raise LakeDamagedError(f"{dataset.uri}: {len(ids) - table.num_rows} of {len(ids)} rows are gone")
+    return table
 
 
 def append_fragments(

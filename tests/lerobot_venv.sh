@@ -14,6 +14,10 @@ recipe=$(cksum <"$0")
 if [ -f "$stamp" ] && [ "$(cat "$stamp")" = "$recipe" ]; then
     exit 0
 fi
+if [ -e "$venv" ] && [ ! -f "$venv/pyvenv.cfg" ]; then
+    echo "$venv is there already and is no virtual environment; give another directory" >&2
+    exit 1
+fi
 rm -rf "$venv"
 "$python" -m venv "$venv"
 pip() { "$venv/bin/python" -m pip --disable-pip-version-check install --quiet "$@"; }
