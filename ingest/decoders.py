@@ -36,7 +36,7 @@ MAX_PIXELS = 64_000_000
 
 _LIMITS = {
     # Only these demuxers and decoders ever see a file: others open further files and addresses, or are rarely tested.
-    "format_whitelist": "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm",
+    "format_whitelist": "mov,mp4,m4a,3gp,3g2,mj2",
     "codec_whitelist": "libdav1d,av1,h264,hevc,mpeg4,vp9,aac,mp3,opus,vorbis,flac,ac3,pcm_s16le",
     "max_pixels": str(MAX_PIXELS),
 }
@@ -52,7 +52,7 @@ def name_of(source: Source) -> str:
 
 @contextmanager
 def open_video(source: Source) -> Iterator[tuple["InputContainer", "VideoStream"]]:
-    """Open the first video stream of an mp4, mov, mkv or webm file; a file object stays open afterwards.
+    """Open the first video stream of an mp4 or mov file; a file object stays open afterwards.
 
     Raises:
         EpisodeError: video-empty, lfs-pointer, video-truncated, video-undecodable, video-too-large or unknown-codec.
@@ -70,7 +70,7 @@ def open_video(source: Source) -> Iterator[tuple["InputContainer", "VideoStream"
         try:
             container = av.open(file, "r", options=_LIMITS, metadata_errors="replace", buffer_size=_READ_BYTES)
         except FFmpegError as error:
-            raise EpisodeError("video-undecodable", f"{name} is no mp4, mov, mkv or webm video: {error}") from error
+            raise EpisodeError("video-undecodable", f"{name} is no mp4 or mov video: {error}") from error
         stack.enter_context(container)
         streams = [stream for stream in container.streams.video if not stream.disposition & Disposition.attached_pic]
         if not streams:

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 MAX_HELD_BYTES = 256 << 20
 """A clip whose first frame needs more bytes of packets before it than this is refused."""
+MAX_GAP_S = 3600
+"""A video with longer gaps is refused: FFmpeg aborts the whole process where an mp4 cannot hold a gap."""
 
 _MP4_OPTIONS = {
     "movflags": "faststart+negative_cts_offsets",  # The index in front, and B-frames without an edit list.
@@ -174,13 +176,16 @@ def _window(stream: "VideoStream", start_s: float, end_s: float | None, fps: flo
 
 def _timed_packets(container: "InputContainer", stream: "VideoStream", name: str) -> Iterator[_Timed]:
     """Yield the stream's packets from where it stands, with times that an mp4 can hold."""
-    last_dts = -_FOREVER
+    limit = min(1 << 30, int(MAX_GAP_S / (stream.time_base or 1)))
+    last_dts = None
     for packet in read_packets(container, stream, name):
         pts, dts = packet.pts, packet.dts
-        if pts is None or dts is None:
-            raise EpisodeError("video-undecodable", f"{name} has packets without times; copy it to an mp4")
-        if pts < dts or dts <= last_dts:
+        if pts is None or dts is None or pts < dts or (last_dts is not None and dts <= last_dts):
             raise EpisodeError("video-undecodable", f"{name} has times that run backwards at tick {dts}")
+        if pts - dts > limit or (last_dts is not None and dts - last_dts > limit):
+            raise EpisodeError(
+                "video-undecodable", f"{name} has times that jump by more than {MAX_GAP_S} s at tick {dts}"
+            )
         last_dts = dts
         yield _Timed(packet, pts, dts)
 
@@ -221,23 +226,22 @@ def _lead_in(
     from av.error import FFmpegError
 
     seek_to, earliest_dts = window.seek_to, _FOREVER
-    while True:
-        try:
+    try:
+        while True:
             if seek_to is not None:
                 container.seek(seek_to, stream=stream)
-        except FFmpegError as error:
-            if earliest_dts != _FOREVER:
-                raise EpisodeError("video-undecodable", f"{name} has no keyframe before the episode") from error
-        more = _timed_packets(container, stream, name)
-        begin = next(more, None)
-        if begin is None:
-            return [], more
-        lead = _from_keyframe(chain([begin], more), window, name)
-        if lead is not None and not (window.shows(begin) and _may_be_late(begin, stream, window)):
-            return lead, more
-        if seek_to is None or begin.dts >= earliest_dts:
-            raise EpisodeError("video-undecodable", f"{name} has no keyframe before the episode")
-        seek_to, earliest_dts = begin.dts - 1, begin.dts
+            more = _timed_packets(container, stream, name)
+            begin = next(more, None)
+            if begin is None:
+                return [], more
+            lead = _from_keyframe(chain([begin], more), window, name)
+            if lead is not None and not (window.shows(begin) and _may_be_late(begin, stream, window)):
+                return lead, more
+            if seek_to is None or begin.dts >= earliest_dts:
+                raise EpisodeError("video-undecodable", f"{name} has no keyframe before the episode")
+            seek_to, earliest_dts = begin.dts - 1, begin.dts
+    except FFmpegError as error:
+        raise EpisodeError("video-undecodable", f"{name} has no keyframe before the episode") from error
 
 
 def _may_be_late(begin: _Timed, stream: "VideoStream", window: _Window) -> bool:

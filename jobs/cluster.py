@@ -17,6 +17,7 @@ def connect(*, num_cpus: int | None = None, dashboard: bool = False) -> None:
     if ray.is_initialized():
         return
     logging.getLogger("ray.data").setLevel(logging.WARNING)
+    logging.getLogger("ray.data").addFilter(lambda record: "Progress bars disabled" not in record.getMessage())
     os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
     if os.environ.get("RAY_ADDRESS"):
         ray.init()

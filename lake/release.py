@@ -96,6 +96,16 @@ class Release:
             if batch.num_rows:
                 yield batch.drop_columns(["_rowid"])
 
+    def take_frames(
+        self, rows: Sequence[int], columns: Sequence[str] | None = None, *, resolution: int | None = None
+    ) -> pa.Table:
+        """Return frames by their row ids, in the order given: ``frames_first_row`` of the episode plus the index.
+
+        Raises:
+            LakeDamagedError: a row is gone.
+        """
+        return take_rows(self._open("frames" if resolution is None else frames_table(resolution)), rows, columns)
+
     def dataset(
         self, where: str | None = None, columns: Sequence[str] | None = None, *, resolution: int | None = None
     ) -> "ray.data.Dataset":

@@ -60,7 +60,7 @@ def parse_json(files: SourceFiles, name: str, data: bytes) -> dict[str, Any]:
     """
     try:
         value = json.loads(data)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise SourceMetadataError(f"{files.uri}: {name} is not valid JSON: {error}") from error
     if not isinstance(value, dict):
         raise SourceMetadataError(f"{files.uri}: {name} holds a {type(value).__name__}, expected an object")
@@ -86,6 +86,10 @@ def open_lerobot(files: SourceFiles, feature_map: Mapping[str, str], name: str, 
         raise SourceMetadataError(f"{files.uri}: meta/info.json has no `features`")
     chosen = choose_features(features, feature_map, files.uri)
     robot = info.get("robot_type")
+    splits, chunks_size = info.get("splits") or {}, info.get("chunks_size") or 1000
+    if not isinstance(splits, dict) or not isinstance(chunks_size, int):
+        message = f"splits={splits!r} and chunks_size={chunks_size!r}, expected an object and a whole number"
+        raise SourceMetadataError(f"{files.uri}: meta/info.json has {message}")
     return Source(
         files=files,
         format=name,
@@ -97,8 +101,8 @@ def open_lerobot(files: SourceFiles, feature_map: Mapping[str, str], name: str, 
             "chosen": chosen,
             "data_path": _template(files, info, "data_path"),
             "video_path": _template(files, info, "video_path") if chosen.views else "",
-            "splits": info.get("splits") or {},
-            "chunks_size": info.get("chunks_size") or 1000,
+            "splits": splits,
+            "chunks_size": chunks_size,
             **meta,
         },
         num_episodes=info.get("total_episodes") if isinstance(info.get("total_episodes"), int) else None,
@@ -138,8 +142,13 @@ def read_rows(source: Source, relative: str, episode_index: int, *, many: bool) 
                 )
             optional = ["timestamp", "frame_index", "task_index", "next.success"]
             columns = needed + [name for name in optional if name in there and name not in needed]
+            twice = [name for name in columns if there.count(name) > 1]
+            if twice:
+                raise EpisodeError("data-unreadable", f"{relative} has several columns named {', '.join(twice)}")
             if many and "episode_index" not in there:
                 raise EpisodeError("column-missing", f"{relative} lacks episode_index")
+            if many and not _is_number(parquet.schema_arrow.field("episode_index").type):
+                raise EpisodeError("wrong-shape", f"{relative}: episode_index holds no plain numbers")
             groups = _groups(parquet, episode_index) if many else list(range(parquet.num_row_groups))
             if sum(parquet.metadata.row_group(g).num_rows for g in groups) > MAX_EPISODE_ROWS:
                 raise EpisodeError("data-unreadable", f"{relative} claims more than {MAX_EPISODE_ROWS} rows")
@@ -203,14 +212,17 @@ def _template(files: SourceFiles, info: Mapping[str, Any], key: str) -> str:
     for _, name, spec, conversion in parts:
         if name is not None and (name not in allowed or conversion or not _SPEC.fullmatch(spec or "")):
             raise SourceMetadataError(f"{files.uri}: {key} {template!r} uses {{{name}}} in a way that is not known")
+    views = {"video_key": "view"} if key == "video_path" else {}
+    try:
+        fill(template, chunk_index=0, file_index=0, **views)
+    except (KeyError, ValueError) as error:
+        raise SourceMetadataError(f"{files.uri}: {key} {template!r} cannot be filled: {error}") from error
     return template
 
 
 def _groups(parquet: pq.ParquetFile, episode_index: int) -> list[int]:
     """Return the row groups that may hold an episode, by their statistics."""
-    column = parquet.schema_arrow.names.index("episode_index")
     leaf = next(i for i in range(parquet.metadata.num_columns) if parquet.schema.column(i).path == "episode_index")
-    assert column >= 0
     groups: list[int] = []
     for group in range(parquet.num_row_groups):
         statistics = parquet.metadata.row_group(group).column(leaf).statistics
@@ -222,10 +234,12 @@ def _groups(parquet: pq.ParquetFile, episode_index: int) -> list[int]:
 def _joined(rows: pa.Table, keys: Sequence[str], features: Mapping[str, Any]) -> npt.NDArray[np.float32]:
     if not keys:
         return np.zeros((rows.num_rows, 0), np.float32)
-    return np.concatenate([_matrix(rows, key, declared_dim(features[key])) for key in keys], axis=1)
+    with np.errstate(over="ignore"):  # What float32 cannot hold becomes infinite, which the checks find.
+        parts = [_matrix(rows, key, declared_dim(features[key])).astype(np.float32) for key in keys]
+    return np.concatenate(parts, axis=1)
 
 
-def _matrix(rows: pa.Table, key: str, declared: int | None) -> npt.NDArray[np.float32]:
+def _matrix(rows: pa.Table, key: str, declared: int | None) -> npt.NDArray[np.float64]:
     """Return a column of numbers or (nested) lists of numbers as [num_frames, dim]."""
     column = rows.column(key).combine_chunks()
     dim = 1
@@ -239,21 +253,25 @@ def _matrix(rows: pa.Table, key: str, declared: int | None) -> npt.NDArray[np.fl
             raise EpisodeError("wrong-shape", f"{key} has rows of {sorted(lengths)[:5]} values; all must be alike")
         dim *= lengths[0] if lengths else 0
         column = column.flatten()
-    if not (pa.types.is_floating(column.type) or pa.types.is_integer(column.type) or pa.types.is_boolean(column.type)):
+    if not _is_number(column.type):
         raise EpisodeError("wrong-shape", f"{key} holds {column.type}, expected numbers")
     if column.null_count:
         raise EpisodeError("not-finite", f"{key} has {column.null_count} missing values")
     if declared is not None and rows.num_rows and dim != declared:
         raise EpisodeError("wrong-shape", f"{key} has {dim} values a row, the metadata says {declared}")
-    values = column.to_numpy(zero_copy_only=False).astype(np.float32)
+    values = column.to_numpy(zero_copy_only=False).astype(np.float64)
     return values.reshape(rows.num_rows, dim)
+
+
+def _is_number(kind: pa.DataType) -> bool:
+    return pa.types.is_floating(kind) or pa.types.is_integer(kind) or pa.types.is_boolean(kind)
 
 
 def _timestamps(rows: pa.Table, fps: float) -> npt.NDArray[np.float64]:
     if "timestamp" in rows.column_names:
-        return _matrix(rows, "timestamp", None).reshape(-1).astype(np.float64)
+        return _matrix(rows, "timestamp", 1).reshape(-1)
     if "frame_index" in rows.column_names:
-        return _matrix(rows, "frame_index", None).reshape(-1).astype(np.float64) / fps
+        return _matrix(rows, "frame_index", 1).reshape(-1) / fps
     return np.arange(rows.num_rows, dtype=np.float64) / fps
 
 
@@ -262,7 +280,10 @@ def _tasks(source: Source, rows: pa.Table, tasks: Sequence[str]) -> tuple[tuple[
     known: Mapping[int, str] = source.meta["tasks"]
     if "task_index" not in rows.column_names or not known:
         return tuple(tasks[:1]) if tasks else ("",), np.zeros(rows.num_rows, np.int32)
-    per_frame = _matrix(rows, "task_index", None).reshape(-1).astype(np.int64).tolist()
+    values = _matrix(rows, "task_index", 1).reshape(-1)
+    if not np.isfinite(values).all():
+        raise EpisodeError("not-finite", f"task_index is {values[~np.isfinite(values)][0]} at some frame")
+    per_frame = values.astype(np.int64).tolist()
     order: dict[int, int] = {}
     for index in per_frame:
         order.setdefault(index, len(order))

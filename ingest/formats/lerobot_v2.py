@@ -12,6 +12,7 @@ from lake.errors import SourceMetadataError
 
 _EPISODES = "meta/episodes.jsonl"
 _TASKS = "meta/tasks.jsonl"
+_MAX_INT = 2**40
 
 
 def detect(files: SourceFiles) -> bool:
@@ -43,8 +44,9 @@ def discover(source: Source) -> Iterator[list[EpisodeRef]]:
     batch: list[dict[str, Any]] = []
     for record in _records(source.files, _EPISODES):
         index = _field(source.files, _EPISODES, record, "episode_index", int)
-        if index in seen or index < 0:
-            raise SourceMetadataError(f"{source.files.uri}: {_EPISODES} lists episode {index} twice or negative")
+        if index in seen or not 0 <= index <= _MAX_INT:
+            message = f"{_EPISODES} lists episode {index} twice, or it is negative or too large"
+            raise SourceMetadataError(f"{source.files.uri}: {message}")
         seen.add(index)
         if batch and _chunk(source, index) != _chunk(source, batch[0]["episode_index"]):
             yield _refs(source, batch)
@@ -86,12 +88,13 @@ def _refs(source: Source, records: list[dict[str, Any]]) -> list[EpisodeRef]:
         known = [[path, states.get(path)] for path in (data, *(path for _, path in views))]
         length = record.get("length", 0)
         tasks = record.get("tasks")
+        tasks = [str(task) for task in tasks] if isinstance(tasks, list) else []
         refs.append(
             EpisodeRef(
                 source_index=index,
-                num_frames=length if isinstance(length, int) and length > 0 else 0,
+                num_frames=min(length, _MAX_INT) if isinstance(length, int) and length > 0 else 0,
                 fingerprint=fingerprint(_identity(source), record, known),
-                locator=json.dumps({"data": data, "views": views, "tasks": tasks if isinstance(tasks, list) else []}),
+                locator=json.dumps({"data": data, "views": views, "tasks": tasks}),
             )
         )
     return refs

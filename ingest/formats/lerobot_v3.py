@@ -12,9 +12,10 @@ from ingest.features import Features
 from ingest.files import SourceFiles
 from ingest.formats import lerobot
 from ingest.source import Episode, EpisodeRef, Source, ViewSource, fingerprint
-from lake.errors import SourceMetadataError
+from lake.errors import EpisodeError, SourceMetadataError
 
 _BATCH = 1000
+_MAX_S = 1e9
 
 
 def detect(files: SourceFiles) -> bool:
@@ -61,6 +62,13 @@ def read_episode(source: Source, ref: EpisodeRef) -> Episode:
         EpisodeError: its parquet file is missing, damaged or has the wrong shape.
     """
     locator = json.loads(ref.locator)
+    if locator["data"] is None:
+        raise EpisodeError("data-missing", "meta/episodes does not say which parquet file holds the episode")
+    for name, path, start_s, end_s in locator["views"]:
+        if path is None or start_s is None or end_s is None:
+            raise EpisodeError("video-missing", f"meta/episodes does not say where the video of view {name} is")
+        if not 0 <= start_s < end_s < _MAX_S:
+            raise EpisodeError("video-frame-count", f"view {name} is said to last from {start_s} to {end_s} s")
     rows = lerobot.read_rows(source, locator["data"], ref.source_index, many=True)
     views = tuple(
         ViewSource(name=name, path=path, start_s=start_s, end_s=end_s)
@@ -82,6 +90,10 @@ def _batches(source: Source, name: str) -> Iterator[list[dict[str, Any]]]:
         missing = [column for column in needed if column not in parquet.schema_arrow.names]
         if missing:
             raise SourceMetadataError(f"{files.uri}: {name} lacks {', '.join(missing)}")
+        for column in needed:
+            kind = parquet.schema_arrow.field(column).type
+            if not (pa.types.is_integer(kind) or (column.endswith("_timestamp") and pa.types.is_floating(kind))):
+                raise SourceMetadataError(f"{files.uri}: {name}: {column} holds {kind}, expected numbers")
         columns = [*needed, "tasks"] if "tasks" in parquet.schema_arrow.names else needed
         for batch in parquet.iter_batches(_BATCH, columns=columns):
             yield batch.to_pylist()
@@ -92,18 +104,13 @@ def _batches(source: Source, name: str) -> Iterator[list[dict[str, Any]]]:
 def _ref(source: Source, record: dict[str, Any], states: dict[str, dict[str, str]]) -> EpisodeRef:
     chosen: Features = source.meta["chosen"]
     index = record["episode_index"]
-    data = lerobot.fill(
-        source.meta["data_path"], chunk_index=record["data/chunk_index"], file_index=record["data/file_index"]
-    )
-    views: list[tuple[str, str, float, float]] = []
+    if index is None:
+        raise SourceMetadataError(f"{source.files.uri}: meta/episodes lists an episode without episode_index")
+    data = _path(source.meta["data_path"], record, "data")
+    views: list[tuple[str, str | None, float | None, float | None]] = []
     for name, key in chosen.views:
-        part = {k: record[f"videos/{key}/{k}"] for k in ("chunk_index", "file_index", "from_timestamp", "to_timestamp")}
-        if any(value is None for value in part.values()):
-            raise SourceMetadataError(f"{source.files.uri}: episode {index} has no place in the videos of {key}")
-        path = lerobot.fill(
-            source.meta["video_path"], chunk_index=part["chunk_index"], file_index=part["file_index"], video_key=key
-        )
-        views.append((name, path, part["from_timestamp"], part["to_timestamp"]))
+        path = _path(source.meta["video_path"], record, f"videos/{key}", video_key=key)
+        views.append((name, path, record[f"videos/{key}/from_timestamp"], record[f"videos/{key}/to_timestamp"]))
     known = [[path, _state(source, path, states)] for path in (data, *(view[1] for view in views))]
     meta = source.meta
     return EpisodeRef(
@@ -112,12 +119,24 @@ def _ref(source: Source, record: dict[str, Any], states: dict[str, dict[str, str
         fingerprint=fingerprint(
             source.format, source.fps, source.embodiment, str(meta["chosen"]), str(meta["features"]), record, known
         ),
-        locator=json.dumps({"data": data, "views": views, "tasks": record.get("tasks") or []}),
+        locator=json.dumps({"data": data, "views": views, "tasks": _texts(record.get("tasks"))}),
     )
 
 
-def _state(source: Source, path: str, states: dict[str, dict[str, str]]) -> str | None:
+def _path(template: str, record: dict[str, Any], prefix: str, **names: str) -> str | None:
+    """Return the path of the file that a record names; None where it names none."""
+    chunk, file = record[f"{prefix}/chunk_index"], record[f"{prefix}/file_index"]
+    return None if chunk is None or file is None else lerobot.fill(template, chunk_index=chunk, file_index=file, **names)
+
+
+def _texts(tasks: Any) -> list[str]:
+    return [str(task) for task in tasks] if isinstance(tasks, list) else []
+
+
+def _state(source: Source, path: str | None, states: dict[str, dict[str, str]]) -> str | None:
     """Return a file's state; a folder is listed when it first comes up, the last few are kept."""
+    if path is None:
+        return None
     folder = path.rpartition("/")[0]
     if folder not in states:
         if len(states) > 64:

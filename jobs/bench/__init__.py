@@ -1,0 +1,1 @@
+"""Benchmarks: one file each, every one with its dataset as an argument."""
