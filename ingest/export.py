@@ -47,7 +47,7 @@ def _check_alike(episodes: list[dict[str, Any]]) -> None:
             shown = ", ".join(sorted(values)[:4])
             raise ValueError(
                 f"the episodes differ in {name} ({shown}), one LeRobot dataset cannot hold them; "
-                f"export one kind at a time with --where, such as --where \"{name} = ...\" or \"source = '...'\""
+                f'export one kind at a time with --where, such as --where "{name} = ..." or "source = \'...\'"'
             )
 
 
@@ -72,9 +72,7 @@ def _column(size: int, names: list[str]) -> Column:
 
 
 def _add(writer: LeRobotWriter, release: Release, episode: dict[str, Any]) -> None:
-    frames = release.frames(
-        columns=["state", "action", "timestamp_s", "task_index"], episodes=[episode["episode_uid"]]
-    )
+    frames = release.frames(columns=["state", "action", "timestamp_s", "task_index"], episodes=[episode["episode_uid"]])
     columns: dict[str, np.ndarray] = {"action": _matrix(frames, "action", episode["action_dim"])}
     if episode["state_dim"]:
         columns["observation.state"] = _matrix(frames, "state", episode["state_dim"])

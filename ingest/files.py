@@ -178,7 +178,11 @@ def open_files(uri: str) -> SourceFiles:
     if scheme and scheme not in fsspec.available_protocols():
         raise SourceNotFoundError(f"{uri}: no file system for {scheme}://; fsspec knows none of this name")
     files = SourceFiles(uri.rstrip("/") or "/")
-    if not files.exists("."):
+    try:
+        is_there = files.exists(".")
+    except ImportError as error:
+        raise SourceNotFoundError(f"{uri}: the file system for {scheme}:// is not installed: {error}") from error
+    if not is_there:
         raise SourceNotFoundError(f"{uri}: nothing is there")
     return files
 

@@ -23,6 +23,7 @@ from ingest.plan import (
     make_plan,
     new_refs,
     planned_episodes,
+    refs_of,
 )
 from ingest.source import EpisodeRef, Source
 from ingest.task import Profile, digest_episode, write_task
@@ -153,9 +154,9 @@ class _Run:
         source = self.source
 
         def digest(block: pa.Table) -> pa.Table:
-            return pa.Table.from_pylist([_digested(source, ref) for ref in _refs(block)], _DIGESTED)
+            return pa.Table.from_pylist([_digested(source, ref) for ref in refs_of(block)], _DIGESTED)
 
-        by_index = {ref.source_index: ref for ref in _refs(refs)}
+        by_index = {ref.source_index: ref for ref in refs_of(refs)}
         rejected: list[Rejected] = []
         for row in rows_of(blocks_of(refs, BLOCK_EPISODES), digest, "DigestEpisodes"):
             ref = by_index[row["source_index"]]
@@ -279,10 +280,6 @@ def _digested(source: Source, ref: EpisodeRef) -> dict[str, Any]:
         return {"source_index": ref.source_index, "digest": digest_episode(source, ref)}
     except EpisodeError as error:
         return {"source_index": ref.source_index, "reason": error.reason, "message": error.message}
-
-
-def _refs(block: pa.Table) -> list[EpisodeRef]:
-    return [EpisodeRef(**row) for row in block.to_pylist()]
 
 
 def _remember(storage: Storage, name: str, sighted: list[tuple[str, str]]) -> None:

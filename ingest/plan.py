@@ -214,20 +214,18 @@ def attempt_of(plan: pa.Table, profile: Profile, source_uri: str) -> str:
     return total.hexdigest()[:24]
 
 
+def refs_of(rows: pa.Table) -> list[EpisodeRef]:
+    """Return the episodes of rows of REF_SCHEMA."""
+    return [EpisodeRef(**row) for row in rows.select(REF_SCHEMA.names).to_pylist()]
+
+
 def planned_episodes(rows: pa.Table) -> list[PlannedEpisode]:
     """Return the episodes of plan rows."""
     return [
-        PlannedEpisode(
-            ref=EpisodeRef(
-                source_index=row["source_index"],
-                num_frames=row["num_frames"],
-                fingerprint=row["fingerprint"],
-                locator=row["locator"],
-            ),
-            content_digest=row["content_digest"],
-            ordinal=row["ordinal"],
+        PlannedEpisode(ref=ref, content_digest=digest, ordinal=ordinal)
+        for ref, digest, ordinal in zip(
+            refs_of(rows), rows.column("content_digest").to_pylist(), rows.column("ordinal").to_pylist(), strict=True
         )
-        for row in rows.to_pylist()
     ]
 
 

@@ -6,7 +6,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
 from itertools import chain
-from math import ceil
+from math import ceil, inf
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -76,10 +76,12 @@ def read_clip(
     Raises:
         EpisodeError: video-empty, lfs-pointer, video-truncated, video-undecodable, video-too-large or unknown-codec.
         FileNotFoundError: no file at this path.
-        ValueError: an empty stretch of time.
+        ValueError: an empty or endless stretch of time, or an impossible fps.
     """
-    if start_s < 0 or (end_s is not None and end_s <= start_s):
+    if not 0 <= start_s < (inf if end_s is None else end_s) or end_s == inf:
         raise ValueError(f"no time between start_s={start_s} and end_s={end_s}; give 0 <= start_s < end_s")
+    if fps is not None and not 0 < fps < inf:
+        raise ValueError(f"fps={fps}; give a positive number, or None to take the file's")
     name = name_of(source)
     with open_video(source) as (container, stream), _mp4(dest, stream) as output:
         length_bytes = _nal_length_bytes(stream)
@@ -171,7 +173,7 @@ def _window(stream: "VideoStream", start_s: float, end_s: float | None, fps: flo
     high = _FOREVER if end_s is None else origin + ceil((Fraction(end_s) - half_frame_s) * per_s)
     # A little late, because start_s is rounded and its frame is often a keyframe.
     seek_to = origin + int((Fraction(start_s) + half_frame_s / 2) * per_s)
-    return _Window(low, high, seek_to if start_s else None)
+    return _Window(low, high, min(seek_to, _FOREVER) if start_s else None)
 
 
 def _timed_packets(container: "InputContainer", stream: "VideoStream", name: str) -> Iterator[_Timed]:

@@ -72,7 +72,11 @@ def run(config: Config) -> dict[str, Any]:
         work = Work(config=config, folder=folder, store=store)
         seconds: dict[str, float] = {}
         for number, (name, stage) in enumerate(STAGES.items(), 1):
-            print(f"\n[{number}/{len(STAGES)}] {name}: {(stage.__doc__ or '').splitlines()[0]}", file=sys.stderr, flush=True)
+            print(
+                f"\n[{number}/{len(STAGES)}] {name}: {(stage.__doc__ or '').splitlines()[0]}",
+                file=sys.stderr,
+                flush=True,
+            )
             since = time.perf_counter()
             work.results[name] = stage(work)
             seconds[name] = round(time.perf_counter() - since, 1)
@@ -120,7 +124,9 @@ def _summarise(work: Work) -> dict[str, Any]:
     print(f"\nrelease {release.name} ({release.id}) of {work.lake}")
     print(f"{'task':<{width}}  episodes  frames  seconds  successes")
     for task, row in sorted(rows.items()):
-        print(f"{task:<{width}}  {row['episodes']:>8}  {row['frames']:>6}  {row['seconds']:>7.1f}  {row['successes']:>9}")
+        print(
+            f"{task:<{width}}  {row['episodes']:>8}  {row['frames']:>6}  {row['seconds']:>7.1f}  {row['successes']:>9}"
+        )
     print(f"{'all':<{width}}  {release.num_episodes:>8}  {release.num_frames:>6}")
     sheet = contact_sheet(release, work.folder / "contact_sheet.png")
     return {"release": release.name, "tasks": rows, "contact_sheet": str(sheet)}

@@ -32,7 +32,9 @@ def contact_sheet(release: Release, path: Path, *, episodes_per_task: int = 1) -
             axis.set_title(f"{time_s:.2f} s", fontsize=8)
         line[0].set_title("")
         line[0].set_title(f"{title}\n{moments[0][0]:.2f} s", fontsize=8, loc="left")
-    figure.suptitle(f"release {release.name}: {release.num_episodes} episodes, {release.num_frames:,} frames", fontsize=11)
+    figure.suptitle(
+        f"release {release.name}: {release.num_episodes} episodes, {release.num_frames:,} frames", fontsize=11
+    )
     figure.savefig(path, dpi=110)
     plt.close(figure)
     return path

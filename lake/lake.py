@@ -26,7 +26,7 @@ from lake.release import Release
 from lake.schema import FORMAT_VERSION, RELEASES, ROW_TABLES, TABLES
 from lake.storage import Storage, open_storage
 from lake.tables import create_table, delete_rows, merge_new, open_table, quoted, retried
-from lake.verify import INDEX_COLUMNS, Problem, check_contents, check_index
+from lake.verify import INDEX_COLUMNS, Problem, check_contents, check_derived, check_index
 
 MARKER = "lake.json"
 _UNPINNED = ("releases", "sightings")
@@ -50,7 +50,7 @@ class Lake:
         marker = self.storage.read(MARKER)
         if marker is None:
             raise LakeNotFoundError(f"no lake at {uri}; make one with Lake.create({uri!r}), or check the URI")
-        version = json.loads(marker)["format_version"]
+        version = _format_version(marker, uri)
         if version > FORMAT_VERSION:
             raise LakeTooNewError(
                 f"the lake at {uri} has format {version}; this robolake reads up to {FORMAT_VERSION}. Upgrade robolake."
@@ -167,13 +167,19 @@ class Lake:
         Args:
             contents: read every byte and compare checksums, not only counts and borders.
         """
-        tables = {table: open_table(self.storage, table) for table in (*ROW_TABLES, "derived")}
-        index = open_table(self.storage, "episodes").to_table(columns=INDEX_COLUMNS)
+        tables = {table: open_table(self.storage, table) for table in ROW_TABLES}
+        index = _index(open_table(self.storage, "episodes"))
         yield from _duplicates(index)
         yield from check_index(tables, index)
-        if contents:
-            for start in range(0, index.num_rows, 64):
-                yield from check_contents(tables, index.slice(start, 64))
+        if not contents:
+            return
+        for start in range(0, index.num_rows, 64):
+            yield from check_contents(tables, index.slice(start, 64))
+        rows = open_table(self.storage, "derived").to_table().to_pylist()
+        for table in sorted({row["table"] for row in rows}):
+            yield from check_derived(
+                open_table(self.storage, table), table, [row for row in rows if row["table"] == table]
+            )
 
     def unreleased(self, columns: list[str]) -> pa.Table:
         """Return the episodes that the newest release does not hold.
@@ -240,7 +246,7 @@ class Lake:
 
     def _check_new(self, datasets: dict[str, lance.LanceDataset]) -> None:
         """Raise where the index names an episode that is not there as it says."""
-        index = datasets["episodes"].to_table(columns=INDEX_COLUMNS)
+        index = _index(datasets["episodes"])
         problems = [*_duplicates(index), *check_index(datasets, self._unreleased(index))]
         if problems:
             shown = "; ".join(f"{p.episode_uid} {p.table}: {p.message}" for p in problems[:5])
@@ -298,11 +304,28 @@ def _summary(datasets: dict[str, lance.LanceDataset]) -> _Summary:
     return _Summary(id=identity, digests=digests, num_episodes=episodes.num_rows, num_frames=sum(columns["num_frames"]))
 
 
+def _index(episodes: lance.LanceDataset) -> pa.Table:
+    try:
+        return episodes.to_table(columns=INDEX_COLUMNS)
+    except (OSError, pa.ArrowInvalid) as error:
+        raise LakeDamagedError(f"{episodes.uri}: the index of episodes cannot be read: {str(error)[:300]}") from error
+
+
 def _duplicates(index: pa.Table) -> Iterator[Problem]:
     counts = index.column("episode_uid").combine_chunks().value_counts()
     for entry in counts:
         if entry["counts"].as_py() > 1:
             yield Problem(entry["values"].as_py(), "episodes", f"is there {entry['counts']} times")
+
+
+def _format_version(marker: bytes, uri: str) -> int:
+    try:
+        version = json.loads(marker)["format_version"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise LakeDamagedError(f"{uri}: {MARKER} is not what a lake's is: {marker[:100]!r}") from error
+    if not isinstance(version, int):
+        raise LakeDamagedError(f"{uri}: {MARKER} has format_version={version!r}, expected a number")
+    return version
 
 
 def _tag(dataset: lance.LanceDataset, name: str, version: int) -> int:

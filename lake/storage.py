@@ -55,7 +55,7 @@ class Storage:
         """Return a file's bytes, or None where there is no such file."""
         with _errors(self.uri):
             try:
-                return bytes(obstore.get(self._store(), path).bytes())
+                return bytes(obstore.get(self._store(), path).bytes()) if self._has_root() else None
             except FileNotFoundError:
                 return None
 
@@ -68,7 +68,7 @@ class Storage:
         """
         with _errors(self.uri):
             try:
-                obstore.put(self._store(), path, data, mode="create")
+                obstore.put(self._store(mkdir=True), path, data, mode="create")
             except AlreadyExistsError:
                 return False
         return True
@@ -76,24 +76,23 @@ class Storage:
     def files(self, prefix: str) -> Iterator[tuple[str, float]]:
         """Yield (path, time of last change in seconds) of the files under a folder."""
         with _errors(self.uri):
-            for page in obstore.list(self._store(), prefix):
+            for page in obstore.list(self._store(), prefix) if self._has_root() else ():
                 for item in page:
                     yield item["path"], item["last_modified"].timestamp()
 
     def delete(self, paths: list[str]) -> None:
         """Delete files; absent ones are no error."""
         with _errors(self.uri):
-            if paths:
+            if paths and self._has_root():
                 obstore.delete(self._store(), paths)
 
     def exists(self, path: str) -> bool:
         """Whether there is such a file."""
         with _errors(self.uri):
             try:
-                obstore.head(self._store(), path)
+                return self._has_root() and bool(obstore.head(self._store(), path))
             except FileNotFoundError:
                 return False
-        return True
 
     def probe(self) -> None:
         """Refuse a store that does not honour conditional puts.
@@ -122,9 +121,13 @@ class Storage:
         except (StoreError, NotImplementedError):
             return  # The probe's own error says more.
 
-    def _store(self) -> Any:
+    def _has_root(self) -> bool:
+        """Whether a folder on the file system is there; reading never makes one."""
+        return not self.is_local or Path(self.uri).exists()
+
+    def _store(self, *, mkdir: bool = False) -> Any:
         if self.is_local:
-            return LocalStore(self.uri, mkdir=True)
+            return LocalStore(self.uri, mkdir=mkdir)
         endpoint = _endpoint() or ""
         return from_url(
             self.uri,

@@ -5,6 +5,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 from lance import LanceDataset
 
@@ -39,12 +40,15 @@ class Problem:
 
 
 def check_index(tables: dict[str, LanceDataset], episodes: pa.Table) -> Iterator[Problem]:
-    """Yield disagreements of counts and range borders; reads a few narrow rows an episode.
+    """Yield disagreements of counts and range borders; reads row ids, and a few narrow rows an episode.
 
     Args:
         tables: frames, videos and stats, open.
         episodes: rows with INDEX_COLUMNS.
     """
+    columns = {"frames": ["episode_uid", "frame_index"], "videos": ["episode_uid"], "stats": ["episode_uid"]}
+    for table in columns:
+        yield from _check_counts(tables[table], table, episodes)
     for start in range(0, episodes.num_rows, _BATCH):
         rows = episodes.slice(start, _BATCH).to_pylist()
         for row in rows:
@@ -53,12 +57,8 @@ def check_index(tables: dict[str, LanceDataset], episodes: pa.Table) -> Iterator
                 yield Problem(uid, "frames", f"{row['frames_rows']} rows for {row['num_frames']} frames")
             if row["videos_rows"] != len(row["views"]):
                 yield Problem(uid, "videos", f"{row['videos_rows']} rows for {len(row['views'])} views")
-        for table, columns in (
-            ("frames", ["episode_uid", "frame_index"]),
-            ("videos", ["episode_uid"]),
-            ("stats", ["episode_uid"]),
-        ):
-            yield from _check_borders(tables[table], table, rows, columns)
+        for table, names in columns.items():
+            yield from _readable(tables[table], table, rows, names)
 
 
 def check_contents(tables: dict[str, LanceDataset], episodes: pa.Table) -> Iterator[Problem]:
@@ -76,11 +76,22 @@ def check_contents(tables: dict[str, LanceDataset], episodes: pa.Table) -> Itera
                 yield Problem(uid, "frames", f"checksum {found[:12]}, expected {row['frames_sha256'][:12]}")
         except (LakeDamagedError, OSError, RuntimeError) as error:
             yield Problem(uid, "frames", f"cannot be read: {_brief(error)}")
+        for table, check in (("videos", _check_videos), ("stats", _check_stats)):
+            try:
+                yield from check(tables[table], row)
+            except (OSError, RuntimeError) as error:
+                yield Problem(uid, table, f"cannot be read: {_brief(error)}")
+
+
+def check_derived(dataset: LanceDataset, table: str, rows: Sequence[dict[str, Any]]) -> Iterator[Problem]:
+    """Yield disagreements of a table of derived frames with its rows of ``derived``; reads every byte."""
+    for row in rows:
         try:
-            yield from _check_videos(tables["videos"], row)
-        except (OSError, RuntimeError) as error:
-            yield Problem(uid, "videos", f"cannot be read: {_brief(error)}")
-        yield from _check_stats(tables["stats"], row)
+            found = frames_checksum(dataset, row["first_row"], row["rows"])
+            if found != row["sha256"]:
+                yield Problem(row["episode_uid"], table, f"checksum {found[:12]}, expected {row['sha256'][:12]}")
+        except (LakeDamagedError, OSError, RuntimeError) as error:
+            yield Problem(row["episode_uid"], table, f"cannot be read: {_brief(error)}")
 
 
 def frames_checksum(dataset: LanceDataset, first_row: int, num_rows: int) -> str:
@@ -97,6 +108,38 @@ def frames_checksum(dataset: LanceDataset, first_row: int, num_rows: int) -> str
     if digest.num_frames != num_rows:
         raise LakeDamagedError(f"{dataset.uri}: {num_rows - digest.num_frames} of {num_rows} rows are gone")
     return digest.hexdigest()
+
+
+def _check_counts(dataset: LanceDataset, table: str, episodes: pa.Table) -> Iterator[Problem]:
+    """Yield episodes of which rows are gone; row ids stand in the table's own metadata, so this reads no data."""
+    if not episodes.num_rows:
+        return
+    first, rows = (episodes.column(f"{table}_{name}").to_numpy() for name in ("first_row", "rows"))
+    order = np.argsort(first, kind="stable")
+    first, rows = first[order], rows[order]
+    there = np.zeros(len(first), np.int64)
+    for batch in dataset.scanner(columns=[], with_row_id=True).to_batches():
+        ids = batch.column("_rowid").to_numpy().astype(np.int64)
+        at = np.searchsorted(first, ids, side="right") - 1
+        at = at[(at >= 0) & (ids < first[at] + rows[at])]
+        there += np.bincount(at, minlength=len(first))
+    for i in np.flatnonzero(there < rows).tolist():
+        uid = episodes.column("episode_uid")[int(order[i])].as_py()
+        yield Problem(uid, table, f"{rows[i] - there[i]} of {rows[i]} rows are gone")
+
+
+def _readable(
+    dataset: LanceDataset, table: str, rows: Sequence[dict[str, Any]], columns: list[str]
+) -> Iterator[Problem]:
+    """Check borders of many episodes at once, or one by one where some cannot be read."""
+    try:
+        yield from list(_check_borders(dataset, table, rows, columns))
+    except (OSError, RuntimeError) as error:
+        if len(rows) == 1:
+            yield Problem(rows[0]["episode_uid"], table, f"cannot be read: {_brief(error)}")
+        else:
+            for row in rows:
+                yield from _readable(dataset, table, [row], columns)
 
 
 def _check_borders(
@@ -132,6 +175,8 @@ def _check_videos(dataset: LanceDataset, row: dict[str, Any]) -> Iterator[Proble
     described = _rows(dataset, ids, ["view", "sha256", "num_bytes"]).to_pylist()
     if [d["view"] for d in described] != row["views"]:
         yield Problem(row["episode_uid"], "videos", f"views {[d['view'] for d in described]}, expected {row['views']}")
+    if len(described) != len(ids):
+        return
     for blob, description in zip(dataset.take_blobs("video", ids=ids) if ids else [], described, strict=True):
         sha256 = hashlib.sha256()
         with blob:

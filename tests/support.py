@@ -112,7 +112,8 @@ def write_meta(
     }
     (root / "meta/info.json").write_text(json.dumps(head | info))
     records = [
-        {"episode_index": i, "tasks": [episode.task], "length": episode.num_frames} for i, episode in enumerate(episodes)
+        {"episode_index": i, "tasks": [episode.task], "length": episode.num_frames}
+        for i, episode in enumerate(episodes)
     ]
     (root / "meta/episodes.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     lines = [json.dumps({"task_index": i, "task": task}) + "\n" for i, task in enumerate(tasks)]

@@ -36,7 +36,9 @@ def test_good_episodes_are_committed_and_the_others_quarantined(g1: Path, g1_lak
     lake, result = g1_lake
     assert (result["committed"], result["skipped"], result["quarantined"]) == (6, 0, 3)
     assert result["frames"] == sum(lengths(g1)[i] for i in GOOD)
-    episodes = lake.release().episodes(columns=["source_index", "num_frames", "fps", "views", "state_dim", "action_dim"])
+    episodes = lake.release().episodes(
+        columns=["source_index", "num_frames", "fps", "views", "state_dim", "action_dim"]
+    )
     assert episodes.column("source_index").to_pylist() == GOOD
     assert episodes.column("num_frames").to_pylist() == [lengths(g1)[i] for i in GOOD]
     assert episodes.to_pylist()[0] | {"num_frames": 0} == {

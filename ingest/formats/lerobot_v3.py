@@ -126,7 +126,9 @@ def _ref(source: Source, record: dict[str, Any], states: dict[str, dict[str, str
 def _path(template: str, record: dict[str, Any], prefix: str, **names: str) -> str | None:
     """Return the path of the file that a record names; None where it names none."""
     chunk, file = record[f"{prefix}/chunk_index"], record[f"{prefix}/file_index"]
-    return None if chunk is None or file is None else lerobot.fill(template, chunk_index=chunk, file_index=file, **names)
+    return (
+        None if chunk is None or file is None else lerobot.fill(template, chunk_index=chunk, file_index=file, **names)
+    )
 
 
 def _texts(tasks: Any) -> list[str]:

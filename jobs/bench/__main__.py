@@ -23,7 +23,19 @@ BENCHES = {
     "ingest": "frames/s of a whole ingestion over a bare loop of decode, resize, JPEG",
     "scan": "random frames from a lake over PyAV from the source's videos",
 }
-PACKAGES = ("robolake", "ray", "pylance", "pyarrow", "numpy", "av", "simplejpeg", "torch", "torchcodec", "decord", "s3fs")
+PACKAGES = (
+    "robolake",
+    "ray",
+    "pylance",
+    "pyarrow",
+    "numpy",
+    "av",
+    "simplejpeg",
+    "torch",
+    "torchcodec",
+    "decord",
+    "s3fs",
+)
 _ROWS = Path("out/bench")
 
 
@@ -63,7 +75,9 @@ def hardware() -> dict[str, Any]:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
         lines = []
-    model = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
+    model = next(
+        (line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine()
+    )
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return {"cpu": model, "cores": len(os.sched_getaffinity(0)), "memory_gib": round(memory / 2**30, 1)}
 

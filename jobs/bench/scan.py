@@ -70,7 +70,9 @@ def run(config: Config) -> dict[str, Any]:
 
 def _pass(config: Config, releases: dict[str, Release], files: dict[str, Path], seed: int) -> list[dict[str, Any]]:
     rng = np.random.default_rng(seed)
-    lengths = dict(zip(*releases["local"].episodes(columns=["episode_uid", "num_frames"]).to_pydict().values(), strict=True))
+    lengths = dict(
+        zip(*releases["local"].episodes(columns=["episode_uid", "num_frames"]).to_pydict().values(), strict=True)
+    )
     uids = list(lengths)
     single = [(uid, int(rng.integers(lengths[uid]))) for uid in rng.choice(uids, config.frames).tolist()]
     starts = [(uid, int(rng.integers(max(1, lengths[uid] - config.block)))) for uid in rng.choice(uids, 8).tolist()]
