@@ -51,10 +51,8 @@ def derive(lake: Lake, resolution: int, say: Callable[[int, int], None]) -> Rele
         return pa.Table.from_pylist(_write(storage, table, resolution, block.to_pylist()), _WRITTEN)
 
     waiting: list[dict[str, Any]] = []
-    count = 0
-    for row in rows_of(blocks_of(todo, 8), write, "DeriveFrames"):
+    for count, row in enumerate(rows_of(blocks_of(todo, 8), write, "DeriveFrames"), 1):
         waiting.append(row)
-        count += 1
         say(count, todo.num_rows)
         if len({r["fragment"] for r in waiting}) > _COMMIT_TASKS:
             # The last task's rows may still be coming; those before it are whole.
@@ -138,6 +136,7 @@ def _clips(videos: LanceDataset, episode: dict[str, Any], folder: Path) -> Itera
         return
     described = take_rows(videos, ids, names).to_pylist()
     for at, (blob, row) in enumerate(zip(videos.take_blobs("video", ids=ids), described, strict=True)):
+        assert blob is not None
         path = folder / f"{episode['episode_uid']}-{at}.mp4"
         with blob, path.open("wb") as file:
             while chunk := blob.read(1 << 20):

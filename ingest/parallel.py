@@ -26,6 +26,7 @@ def rows_of(blocks: list[pa.Table], function: Callable[[pa.Table], pa.Table], na
     dataset.set_name(name)
     try:
         for block in dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
+            assert not isinstance(block, dict)
             yield from block.to_pylist()
     except RayTaskError as error:
         raise _cause(error) from None

@@ -7,7 +7,6 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from ingest.formats import format_of
 from ingest.parallel import blocks_of, rows_of
@@ -102,7 +101,7 @@ def ingest(lake: Lake, source: Source, profile: Profile, limits: Limits, progres
     refs = pa.concat_tables(found) if found else REF_SCHEMA.empty_table()
     progress.discovered, progress.skipped = so_far.total, so_far.skipped
     progress.quarantined = len(so_far.quarantined)
-    progress.planned_frames = int(pc.sum(refs.column("num_frames")).as_py() or 0)
+    progress.planned_frames = int(refs.column("num_frames").to_numpy().sum())
     run = _Run(lake=lake, source=source, profile=profile, limits=limits, progress=progress)
     run.attempts |= open_attempts(storage, name)
     ordinals = Ordinals(known, so_far.still_there())

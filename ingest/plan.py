@@ -13,7 +13,7 @@ from ingest.source import EpisodeRef
 from ingest.task import PlannedEpisode, Profile
 from lake.commit import episode_uid
 from lake.storage import Storage
-from lake.tables import open_table, quoted
+from lake.tables import open_table, quoted, uid_array
 
 MIN_TASK_FRAMES, MAX_TASK_FRAMES, TASKS_WANTED = 512, 4096, 64
 
@@ -50,13 +50,36 @@ class Known:
     quarantined: frozenset[str]
     """Fingerprints of episodes in quarantine."""
 
-    def match(self, fingerprints: list[str]) -> npt.NDArray[np.bytes_]:
-        """Return the uid of the ingested episode with each fingerprint; empty where there is none."""
+    def match(self, fingerprints: list[str], taken: npt.NDArray[np.bool_]) -> npt.NDArray[np.int64]:
+        """Return the place in ``uids`` of the ingested episode with each fingerprint, -1 where there is none.
+
+        Args:
+            taken: by place in ``uids``, what was matched before, which is not matched again: equal episodes that
+                change places are seen under each other's fingerprints. It is brought up to date.
+        """
         values = np.array(fingerprints, "S32")
-        if not len(self.fingerprints):
-            return np.zeros(len(values), "S32")
-        at = np.minimum(np.searchsorted(self.fingerprints, values), len(self.fingerprints) - 1)
-        return np.where(self.fingerprints[at] == values, self.uid_of_fingerprint[at], b"")
+        places = np.full(len(values), -1, np.int64)
+        first, end = (np.searchsorted(self.fingerprints, values, side) for side in ("left", "right"))
+        hits = np.flatnonzero(first < end)
+        found = self._places(self.uid_of_fingerprint[first[hits]])
+        is_sure = np.zeros(len(hits), bool)
+        is_sure[np.unique(found, return_index=True)[1]] = True
+        is_sure[found >= 0] &= ~taken[found[found >= 0]]
+        is_sure &= found >= 0
+        places[hits[is_sure]] = found[is_sure]
+        taken[found[is_sure]] = True
+        for i in hits[~is_sure].tolist():
+            candidates = self._places(self.uid_of_fingerprint[first[i] : end[i]]).tolist()
+            places[i] = next((place for place in candidates if place >= 0 and not taken[place]), -1)
+            taken[places[i : i + 1][places[i : i + 1] >= 0]] = True
+        return places
+
+    def _places(self, uids: npt.NDArray[np.bytes_]) -> npt.NDArray[np.int64]:
+        """Return where ``uids`` has each of some uids; -1 where it has not: a sighting outlives its episode."""
+        if not len(self.uids):
+            return np.full(len(uids), -1, np.int64)
+        at = np.minimum(np.searchsorted(self.uids, uids), len(self.uids) - 1)
+        return np.where(self.uids[at] == uids, at, -1)
 
     def has_uid(self, uid: str) -> bool:
         """Whether an episode is ingested."""
@@ -91,10 +114,12 @@ def known_episodes(storage: Storage, source_name: str) -> Known:
     episodes = open_table(storage, "episodes").to_table(columns=columns, filter=where)
     sightings = open_table(storage, "sightings").to_table(columns=["fingerprint", "episode_uid"], filter=where)
     quarantine = open_table(storage, "quarantine").to_table(columns=["fingerprint"], filter=where)
-    uids = _strings(episodes.column("episode_uid"))
-    fingerprints = np.concatenate([_strings(episodes.column("fingerprint")), _strings(sightings.column("fingerprint"))])
-    owners = np.concatenate([uids, _strings(sightings.column("episode_uid"))])
-    digests = _strings(episodes.column("content_digest"))
+    uids = uid_array(episodes.column("episode_uid"))
+    fingerprints = np.concatenate(
+        [uid_array(episodes.column("fingerprint")), uid_array(sightings.column("fingerprint"))]
+    )
+    owners = np.concatenate([uids, uid_array(sightings.column("episode_uid"))])
+    digests = uid_array(episodes.column("content_digest"))
     by_digest, by_fingerprint = np.argsort(digests), np.argsort(fingerprints)
     return Known(
         fingerprints=fingerprints[by_fingerprint],
@@ -109,12 +134,13 @@ def known_episodes(storage: Storage, source_name: str) -> Known:
 
 def new_refs(batches: Iterable[list[EpisodeRef]], known: Known, so_far: Discovered) -> Iterator[pa.Table]:
     """Yield the episodes that look new as rows of REF_SCHEMA; count the others in ``so_far``."""
+    taken = np.zeros(len(known.uids), bool)
     for refs in batches:
         so_far.total += len(refs)
-        matches = known.match([ref.fingerprint for ref in refs])
-        so_far.matched.append(matches[matches != b""])
+        places = known.match([ref.fingerprint for ref in refs], taken)
+        so_far.matched.append(known.uids[places[places >= 0]])
         so_far.skipped += len(so_far.matched[-1])
-        unmatched = [ref for ref, uid in zip(refs, matches.tolist(), strict=True) if not uid]
+        unmatched = [ref for ref, place in zip(refs, places.tolist(), strict=True) if place < 0]
         bad = {ref.fingerprint for ref in unmatched} & known.quarantined
         so_far.quarantined |= bad
         rows = [asdict(ref) for ref in unmatched if ref.fingerprint not in bad]
@@ -232,9 +258,3 @@ def planned_episodes(rows: pa.Table) -> list[PlannedEpisode]:
 def _contains(ordered: npt.NDArray[np.bytes_], value: bytes) -> bool:
     at = int(np.searchsorted(ordered, np.bytes_(value)))
     return at < len(ordered) and bytes(ordered[at]) == value
-
-
-def _strings(column: pa.ChunkedArray) -> npt.NDArray[np.bytes_]:
-    """Return a column of 32-character strings as fixed-width bytes."""
-    parts = [np.array(chunk.to_pylist(), "S32") for chunk in column.chunks]
-    return np.concatenate(parts) if parts else np.zeros(0, "S32")

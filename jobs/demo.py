@@ -68,7 +68,7 @@ def run(config: Config) -> dict[str, Any]:
     with ExitStack() as stack:
         store = stack.enter_context(store_from_environment_or_local(folder / "store", bucket=config.bucket))
         os.environ.update(store.environment())
-        os.environ.setdefault("RAY_TMPDIR", stack.enter_context(tempfile.TemporaryDirectory(prefix="rl-", dir="/tmp")))  # noqa: S108
+        os.environ.setdefault("RAY_TMPDIR", stack.enter_context(tempfile.TemporaryDirectory(prefix="rl-", dir="/tmp")))
         work = Work(config=config, folder=folder, store=store)
         seconds: dict[str, float] = {}
         for number, (name, stage) in enumerate(STAGES.items(), 1):
@@ -88,14 +88,14 @@ def run(config: Config) -> dict[str, Any]:
 
 
 def _record(work: Work) -> dict[str, Any]:
-    """MetaWorld's scripted experts act, two cameras look on, a LeRobot v3.0 dataset is written."""
+    """Let MetaWorld's scripted experts act before two cameras; write a LeRobot v3.0 dataset."""
     out = work.folder / "metaworld"
     config = record.Config(out=str(out), episodes=work.config.episodes, size=work.config.size)
     return record.run(config)
 
 
 def _upload(work: Work) -> dict[str, Any]:
-    """The dataset goes into the object store."""
+    """Put the dataset into the object store."""
     files = s3fs.S3FileSystem(use_listings_cache=False)
     if files.exists(work.source):
         files.rm(work.source, recursive=True)
@@ -106,12 +106,12 @@ def _upload(work: Work) -> dict[str, Any]:
 
 
 def _ingest(work: Work) -> dict[str, Any]:
-    """Ray Data decodes every episode into the lake's tables; each is committed once, then released."""
+    """Decode every episode into the lake's tables with Ray Data, commit each once, release."""
     return ingest.run(ingest.Config(source=work.source, lake=work.lake))
 
 
 def _summarise(work: Work) -> dict[str, Any]:
-    """What the release holds, and how it looks."""
+    """Show what the release holds, and how it looks."""
     release = Lake(work.lake).release()
     rows: dict[str, dict[str, Any]] = {}
     for episode in release.episodes(columns=["tasks", "num_frames", "fps", "success"]).to_pylist():

@@ -8,8 +8,8 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import lance
+import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from lake import staging
 from lake.checksum import fold_digests
@@ -24,8 +24,8 @@ from lake.errors import (
 from lake.failpoints import failpoint
 from lake.release import Release
 from lake.schema import FORMAT_VERSION, RELEASES, ROW_TABLES, TABLES
-from lake.storage import Storage, open_storage
-from lake.tables import create_table, delete_rows, merge_new, open_table, quoted, retried
+from lake.storage import open_storage
+from lake.tables import create_table, delete_rows, merge_new, open_table, quoted, retried, uid_array
 from lake.verify import INDEX_COLUMNS, Problem, check_contents, check_derived, check_index
 
 MARKER = "lake.json"
@@ -256,8 +256,8 @@ class Lake:
         releases = self.releases()
         if not releases:
             return episodes
-        known = releases[-1].episodes(columns=["episode_uid"]).column("episode_uid")
-        return episodes.filter(pc.invert(pc.is_in(episodes.column("episode_uid"), known)))
+        known = uid_array(releases[-1].episodes(columns=["episode_uid"]).column("episode_uid"))
+        return episodes.filter(pa.array(~np.isin(uid_array(episodes.column("episode_uid")), known)))
 
     def _table_names(self) -> list[str]:
         derived = open_table(self.storage, "derived").to_table(columns=["table"]).column("table").unique().to_pylist()
@@ -286,7 +286,7 @@ class _Summary:
 
 def _summary(datasets: dict[str, lance.LanceDataset]) -> _Summary:
     """Digest what is visible: the same for the same episodes, however they are laid out."""
-    episodes = datasets["episodes"].to_table(columns=["episode_uid", "num_frames", "frames_sha256", "content_digest"])
+    episodes = _index(datasets["episodes"], ["episode_uid", "num_frames", "frames_sha256", "content_digest"])
     columns = episodes.to_pydict()
     digests = {
         "episodes": fold_digests([hashlib.sha256(uid.encode()).hexdigest() for uid in columns["episode_uid"]]),
@@ -304,9 +304,9 @@ def _summary(datasets: dict[str, lance.LanceDataset]) -> _Summary:
     return _Summary(id=identity, digests=digests, num_episodes=episodes.num_rows, num_frames=sum(columns["num_frames"]))
 
 
-def _index(episodes: lance.LanceDataset) -> pa.Table:
+def _index(episodes: lance.LanceDataset, columns: list[str] = INDEX_COLUMNS) -> pa.Table:
     try:
-        return episodes.to_table(columns=INDEX_COLUMNS)
+        return episodes.to_table(columns=columns)
     except (OSError, pa.ArrowInvalid) as error:
         raise LakeDamagedError(f"{episodes.uri}: the index of episodes cannot be read: {str(error)[:300]}") from error
 

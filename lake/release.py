@@ -8,13 +8,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-import pyarrow.compute as pc
 from lance import BlobFile, LanceDataset
 
 from lake.schema import FRAMES, frames_table
 from lake.sketch import Sketch, merge
 from lake.storage import Storage
-from lake.tables import open_table, quoted, take_rows
+from lake.tables import open_table, quoted, take_rows, uid_array
 
 if TYPE_CHECKING:
     import ray.data
@@ -91,10 +90,9 @@ class Release:
         scanner = _checked_scanner(dataset, where, columns, with_row_id=True, batch_size=batch_rows)
         for batch in scanner.to_batches():
             visible = ranges.contain(batch.column("_rowid").to_numpy())
-            if not visible.all():
-                batch = batch.filter(pa.array(visible))
-            if batch.num_rows:
-                yield batch.drop_columns(["_rowid"])
+            shown = batch if visible.all() else batch.filter(pa.array(visible))
+            if shown.num_rows:
+                yield shown.drop_columns(["_rowid"])
 
     def take_frames(
         self, rows: Sequence[int], columns: Sequence[str] | None = None, *, resolution: int | None = None
@@ -203,7 +201,8 @@ class Release:
             return []
         dataset = self._open("videos")
         rows = take_rows(dataset, ids, [name for name in dataset.schema.names if name != "video"]).to_pylist()
-        return list(zip(rows, dataset.take_blobs("video", ids=ids), strict=True))
+        blobs = dataset.take_blobs("video", ids=ids)
+        return [(row, blob) for row, blob in zip(rows, blobs, strict=True) if blob is not None]
 
     def _open(self, table: str) -> LanceDataset:
         if table not in self.versions:
@@ -216,8 +215,8 @@ class Release:
         if resolution is None:
             return self._frame_ranges
         rows = _scan(self._open("derived"), f"resolution = {resolution}", ["episode_uid", "first_row", "rows"])
-        visible = self.episodes(columns=["episode_uid"]).column("episode_uid")
-        rows = rows.filter(pc.is_in(rows.column("episode_uid"), visible))
+        visible = uid_array(self.episodes(columns=["episode_uid"]).column("episode_uid"))
+        rows = rows.filter(pa.array(np.isin(uid_array(rows.column("episode_uid")), visible)))
         return _Ranges.of_columns(rows.column("episode_uid"), rows.column("first_row"), rows.column("rows"))
 
     @cached_property
@@ -245,8 +244,7 @@ class _Ranges:
     def of_columns(cls, uids: pa.ChunkedArray, first: pa.ChunkedArray, rows: pa.ChunkedArray) -> "_Ranges":
         starts = first.to_numpy().astype(np.int64)
         order = np.argsort(starts, kind="stable")
-        names = np.array(uids.to_pylist(), dtype="S32")
-        return cls(names[order], starts[order], rows.to_numpy().astype(np.int64)[order])
+        return cls(uid_array(uids)[order], starts[order], rows.to_numpy().astype(np.int64)[order])
 
     def contain(self, row_ids: npt.NDArray[Any]) -> npt.NDArray[np.bool_]:
         """Whether each row id belongs to an episode."""

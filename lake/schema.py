@@ -20,7 +20,7 @@ _KEY = {"lance-schema:unenforced-primary-key": "true"}
 
 
 def _key(name: str) -> pa.Field:
-    """A primary key column; the mark makes concurrent merges exact."""
+    """Return a primary key column; the mark makes concurrent merges exact."""
     return pa.field(name, pa.string(), nullable=False, metadata=_KEY)
 
 

@@ -178,6 +178,7 @@ def _check_videos(dataset: LanceDataset, row: dict[str, Any]) -> Iterator[Proble
     if len(described) != len(ids):
         return
     for blob, description in zip(dataset.take_blobs("video", ids=ids) if ids else [], described, strict=True):
+        assert blob is not None
         sha256 = hashlib.sha256()
         with blob:
             while chunk := blob.read(_CHUNK_BYTES):

@@ -49,7 +49,7 @@ def test_episodes_that_one_dataset_cannot_hold_are_refused(tmp_path: Path) -> No
     ingest(make_v21(tmp_path / "one", [Made(seed=1)]), tmp_path / "lake")
     ingest(make_v21(tmp_path / "two", [Made(seed=2)], robot_type="other"), tmp_path / "lake")
     release = Lake(str(tmp_path / "lake")).release()
-    with pytest.raises(ValueError, match="differ in embodiment .*--where"):
+    with pytest.raises(ValueError, match=r"differ in embodiment .*--where"):
         export_lerobot(release, str(tmp_path / "out"), where=None, say=lambda *_: None)
     assert not (tmp_path / "out").exists()
     with pytest.raises(ValueError, match="no episode where"):

@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from ingest.features import Features, choose_features, declared_dim, dimension_names
@@ -162,7 +161,7 @@ def read_rows(source: Source, relative: str, episode_index: int, *, many: bool) 
         if error.errno is not None:
             raise
         raise EpisodeError("data-unreadable", f"{relative}: {_brief(error)}") from error
-    return table.filter(pc.equal(table.column("episode_index"), episode_index)) if many else table
+    return table.filter(pa.array(table.column("episode_index").to_numpy() == episode_index)) if many else table
 
 
 def assemble(
@@ -248,7 +247,7 @@ def _matrix(rows: pa.Table, key: str, declared: int | None) -> npt.NDArray[np.fl
     ):
         if column.null_count:
             raise EpisodeError("wrong-shape", f"{key} has {column.null_count} rows without a value")
-        lengths = pc.unique(pc.list_value_length(column)).to_pylist()
+        lengths = _lengths(column)
         if len(lengths) > 1:
             raise EpisodeError("wrong-shape", f"{key} has rows of {sorted(lengths)[:5]} values; all must be alike")
         dim *= lengths[0] if lengths else 0
@@ -265,6 +264,13 @@ def _matrix(rows: pa.Table, key: str, declared: int | None) -> npt.NDArray[np.fl
 
 def _is_number(kind: pa.DataType) -> bool:
     return pa.types.is_floating(kind) or pa.types.is_integer(kind) or pa.types.is_boolean(kind)
+
+
+def _lengths(column: pa.Array) -> list[int]:
+    """Return the different lengths of a column's lists."""
+    if pa.types.is_fixed_size_list(column.type):
+        return [column.type.list_size]
+    return np.unique(np.diff(column.offsets.to_numpy())).tolist()
 
 
 def _timestamps(rows: pa.Table, fps: float) -> npt.NDArray[np.float64]:

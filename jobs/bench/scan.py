@@ -9,7 +9,7 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
 import numpy as np
@@ -20,6 +20,9 @@ from jobs.cluster import connect
 from jobs.store import store_from_environment_or_local
 from lake import Lake, Release
 from lake.images import decode_jpeg, rgb_of_frame
+
+if TYPE_CHECKING:
+    from av.container import InputContainer
 
 Frame = tuple[str, int]
 """Episode uid and index of a frame."""
@@ -54,7 +57,7 @@ def run(config: Config) -> dict[str, Any]:
         source = config.source or str(make_source(folder / "made", num_frames=480))
         store = stack.enter_context(store_from_environment_or_local(folder / "store", bucket=config.bucket))
         os.environ.update(store.environment())
-        os.environ.setdefault("RAY_TMPDIR", stack.enter_context(tempfile.TemporaryDirectory(prefix="rl-", dir="/tmp")))  # noqa: S108
+        os.environ.setdefault("RAY_TMPDIR", stack.enter_context(tempfile.TemporaryDirectory(prefix="rl-", dir="/tmp")))
         connect()
         lakes = {"local": str(folder / "lake"), "s3": f"s3://{store.bucket}/bench-{uuid4().hex[:8]}"}
         for uri in lakes.values():
@@ -130,15 +133,7 @@ def _read_pyav(frames: list[Frame], files: dict[str, Path]) -> int:
     opened = {uid: av.open(str(path)) for uid, path in files.items()}
     count = 0
     for uid, index in frames:
-        container = opened[uid]
-        stream = container.streams.video[0]
-        target = round(index / float(stream.average_rate) / float(stream.time_base))
-        container.seek(target, stream=stream)
-        for frame in container.decode(stream):
-            if frame.pts >= target:
-                rgb_of_frame(frame, 224)
-                count += 1
-                break
+        count += _decode_from(opened[uid], index, 1)
     for container in opened.values():
         container.close()
     return count
@@ -150,17 +145,25 @@ def _read_pyav_blocks(starts: list[Frame], block: int, lengths: dict[str, int], 
     count = 0
     for uid, first in starts:
         with av.open(str(files[uid])) as container:
-            stream = container.streams.video[0]
-            target = round(first / float(stream.average_rate) / float(stream.time_base))
-            container.seek(target, stream=stream)
-            left = min(block, lengths[uid] - first)
-            for frame in container.decode(stream):
-                if frame.pts >= target and left:
-                    rgb_of_frame(frame, 224)
-                    left -= 1
-                    count += 1
-                if not left:
-                    break
+            count += _decode_from(container, first, min(block, lengths[uid] - first))
+    return count
+
+
+def _decode_from(container: "InputContainer", first: int, wanted: int) -> int:
+    """Decode frames from an index on; return how many there were."""
+    stream = container.streams.video[0]
+    rate, base = stream.average_rate, stream.time_base
+    assert rate
+    assert base
+    target = round(first / rate / base)
+    container.seek(target, stream=stream)
+    count = 0
+    for frame in container.decode(stream):
+        if frame.pts is not None and frame.pts >= target:
+            rgb_of_frame(frame, 224)
+            count += 1
+            if count == wanted:
+                break
     return count
 
 
