@@ -70,8 +70,10 @@ class Known:
         taken[found[is_sure]] = True
         for i in hits[~is_sure].tolist():
             candidates = self._places(self.uid_of_fingerprint[first[i] : end[i]]).tolist()
-            places[i] = next((place for place in candidates if place >= 0 and not taken[place]), -1)
-            taken[places[i : i + 1][places[i : i + 1] >= 0]] = True
+            free = [place for place in candidates if place >= 0 and not taken[place]]
+            if free:
+                places[i] = free[0]
+                taken[free[0]] = True
         return places
 
     def _places(self, uids: npt.NDArray[np.bytes_]) -> npt.NDArray[np.int64]:

@@ -16,11 +16,12 @@ import pyarrow as pa
 from lance.fragment import FragmentMetadata
 
 from lake import __version__
+from lake.errors import CommitError
 from lake.failpoints import failpoint
 from lake.schema import EPISODES, QUARANTINE, ROW_TABLES
 from lake.staging import EpisodeWrite, TaskResult
 from lake.storage import Storage
-from lake.tables import append_fragments, merge_new, open_table
+from lake.tables import append_fragments, merge_new, open_table, quoted
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -48,6 +49,7 @@ def commit(
     Raises:
         StoreError: the storage refused; run it again.
         CommitUnknownError: an outcome could not be found out; run it again.
+        CommitError: staged files were cleaned away before their episodes were visible.
     """
     results = [r for r in results if r.rejected or _wanted(r, wanted)]
     failpoint("commit.before_frames")
@@ -55,11 +57,15 @@ def commit(
     for table in ROW_TABLES:
         first_rows |= _append(storage, table, [r for r in results if _wanted(r, wanted)])
         failpoint(f"commit.after_{table}")
-    rows = [
-        _episode_row(result, episode, {t: first_rows[id(result), t] for t in result.writes})
-        for result in results
-        for episode in _wanted(result, wanted)
-    ]
+    rows: list[dict[str, Any]] = []
+    gone: list[str] = []
+    for result in results:
+        where = {t: first_rows[id(result), t] for t in result.writes if (id(result), t) in first_rows}
+        if where.keys() == result.writes.keys():
+            rows += [_episode_row(result, episode, where) for episode in _wanted(result, wanted)]
+        else:
+            gone += [episode.episode_uid for episode in _wanted(result, wanted)]
+    _check_visible(storage, gone)
     mine = _merge_episodes(storage, rows) if rows else []
     failpoint("commit.after_episodes")
     bad = [_quarantine_row(source, result.attempt_id, r) for result in results for r in result.rejected]
@@ -96,7 +102,23 @@ def _append(storage: Storage, table: str, results: list[TaskResult]) -> dict[tup
     properties = {"robolake.attempts": ",".join(sorted({r.attempt_id for r in results}))}
     base_version = min(write.base_version for _, write, _ in written)
     found = append_fragments(storage, table, [f for _, _, f in written], base_version, properties)
-    return {(id(result), table): found[fragment.files[0].path] for result, _, fragment in written}
+    paths = [(result, fragment.files[0].path) for result, _, fragment in written]
+    return {(id(result), table): found[path] for result, path in paths if path in found}
+
+
+def _check_visible(storage: Storage, uids: list[str]) -> None:
+    """Raise unless these episodes, whose staged files are gone, were made visible before.
+
+    Raises:
+        CommitError: some were not.
+    """
+    where = f"episode_uid IN ({quoted(uids)})"
+    visible = open_table(storage, "episodes").count_rows(filter=where) if uids else 0
+    if visible < len(set(uids)):
+        raise CommitError(
+            f"{storage.uri}: the staged files of {len(set(uids)) - visible} episodes were cleaned away before they "
+            "were committed; run it again to decode them anew, and clean up with a longer --older-than-days"
+        )
 
 
 def _merge_episodes(storage: Storage, rows: list[dict[str, Any]]) -> list[int]:
@@ -113,7 +135,7 @@ def _merge_episodes(storage: Storage, rows: list[dict[str, Any]]) -> list[int]:
 def _episode_row(result: TaskResult, episode: EpisodeWrite, first_rows: dict[str, int]) -> dict[str, Any]:
     row = dict(episode.row)
     for table, (offset, num_rows) in episode.ranges.items():
-        row[f"{table}_first_row"] = first_rows[table] + offset
+        row[f"{table}_first_row"] = first_rows[table] + offset if num_rows else 0
         row[f"{table}_rows"] = num_rows
     return row | {
         "episode_uid": episode.episode_uid,

@@ -17,6 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from lake.storage import Storage
+from lake.tables import data_path
 
 MAX_AGE_S = 5 * 24 * 3600.0
 """Results older than this are decoded anew: Lance may sweep files it does not know after 7 days."""
@@ -102,23 +103,35 @@ def put_plan(storage: Storage, source: str, attempt_id: str, plan: pa.Table) -> 
 
 
 def put_result(storage: Storage, source: str, result: TaskResult) -> TaskResult:
-    """Stage a task's result unless one is there; return the one that counts."""
-    path = f"{_folder(source, result.attempt_id)}/task-{result.task:06d}.json"
-    storage.put_if_absent(path, result.to_json())
-    staged = storage.read(path)
-    return TaskResult.from_json(staged) if staged else result
+    """Stage a task's result unless a usable one is there; return the one that counts."""
+    path = _task_path(source, result.attempt_id, result.task)
+    if storage.put_if_absent(path, result.to_json()):
+        return result
+    staged = _read_usable(storage, path)
+    if staged is None:
+        storage.delete([path])
+        storage.put_if_absent(path, result.to_json())
+    return staged or result
 
 
 def get_result(storage: Storage, source: str, attempt_id: str, task: int) -> TaskResult | None:
     """Return the staged result of a task, if a usable one is there."""
-    data = storage.read(f"{_folder(source, attempt_id)}/task-{task:06d}.json")
-    result = TaskResult.from_json(data) if data else None
-    return result if result and time.time() - result.created_at < MAX_AGE_S else None
+    return _read_usable(storage, _task_path(source, attempt_id, task))
 
 
 def close_attempt(storage: Storage, source: str, attempt_id: str) -> None:
     """Say that nothing of an attempt is left to commit."""
     storage.put_if_absent(f"{_folder(source, attempt_id)}/closed", b"{}")
+
+
+def is_closed(storage: Storage, source: str, attempt_id: str) -> bool:
+    """Whether nothing of an attempt is left to commit."""
+    return storage.exists(f"{_folder(source, attempt_id)}/closed")
+
+
+def forget_attempt(storage: Storage, source: str, attempt_id: str) -> None:
+    """Remove everything that an attempt staged, so that its tasks are done anew."""
+    storage.delete([path for path, _ in storage.files(_folder(source, attempt_id))])
 
 
 def open_results(storage: Storage, source: str) -> Iterator[TaskResult]:
@@ -130,9 +143,8 @@ def open_results(storage: Storage, source: str) -> Iterator[TaskResult]:
         if any(path.endswith("/closed") for path in paths):
             continue
         for path in sorted(path for path in paths if path.endswith(".json")):
-            data = storage.read(path)
-            result = TaskResult.from_json(data) if data else None
-            if result and time.time() - result.created_at < MAX_AGE_S:
+            result = _read_usable(storage, path)
+            if result is not None:
                 yield result
 
 
@@ -146,6 +158,20 @@ def open_attempts(storage: Storage, source: str) -> set[str]:
         if name == "closed":
             closed.add(attempt_id)
     return seen - closed
+
+
+def _read_usable(storage: Storage, path: str) -> TaskResult | None:
+    """Return a staged result, unless it is too old or its files were cleaned away."""
+    data = storage.read(path)
+    result = TaskResult.from_json(data) if data else None
+    if result is None or time.time() - result.created_at >= MAX_AGE_S:
+        return None
+    files = [(table, json.loads(write.json)["files"][0]["path"]) for table, write in result.writes.items()]
+    return result if all(storage.exists(data_path(table, file)) for table, file in files) else None
+
+
+def _task_path(source: str, attempt_id: str, task: int) -> str:
+    return f"{_folder(source, attempt_id)}/task-{task:06d}.json"
 
 
 def _folder(source: str, attempt_id: str) -> str:

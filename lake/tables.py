@@ -85,13 +85,19 @@ def append_fragments(
         base_version: a version that is older than any commit of these fragments.
 
     Returns:
-        First stable row id by the path of a fragment's data file.
+        First stable row id by the path of a fragment's data file. A fragment that was
+        compacted, then cleaned away with its history, is left out: nobody can tell
+        where its rows are, and appending it again would make the table unreadable.
     """
     first_rows: dict[str, int] = {}
+    gone: set[str] = set()
     for attempt in range(_RETRIES):
         dataset = open_table(storage, table)
-        first_rows |= _find(dataset, {_path(f) for f in fragments} - first_rows.keys(), base_version)
-        missing = [f for f in fragments if _path(f) not in first_rows]
+        found, history_is_whole = _find(dataset, {_path(f) for f in fragments} - first_rows.keys(), base_version)
+        first_rows |= found
+        if not history_is_whole:
+            gone = {_path(f) for f in fragments if not storage.exists(data_path(table, _path(f)))}
+        missing = [f for f in fragments if _path(f) not in first_rows.keys() | gone]
         if not missing:
             return first_rows
         transaction = lance.Transaction(
@@ -110,13 +116,15 @@ def merge_new(storage: Storage, table: str, rows: pa.Table) -> int:
     """Insert the rows whose primary key is new.
 
     This is the compare-and-swap of the protocol: of two concurrent merges of one
-    key, one inserts and the other finds it there. Repeating it changes nothing.
+    key, one inserts and the other finds it there. Repeating it changes nothing. Of
+    several rows of one key the first counts; Lance would insert them all.
 
     Returns:
         How many rows this call inserted, as far as known: a repeat after a lost
         reply counts none.
     """
     key = rows.schema.names[0]
+    rows = _first_of_each_key(rows)
 
     def merge() -> int:
         dataset = open_table(storage, table)
@@ -141,6 +149,11 @@ def retried(uri: str, action: Callable[[], T]) -> T:
     raise CommitUnknownError(f"{uri}: no outcome could be confirmed in {_RETRIES} tries")
 
 
+def data_path(table: str, file: str) -> str:
+    """Return where in a lake's storage a table's data file lies."""
+    return f"{table}.lance/data/{file}"
+
+
 def uid_array(column: pa.ChunkedArray) -> npt.NDArray[np.bytes_]:
     """Return a column of 32-character ids as fixed-width bytes: a third of the memory of strings, and sortable."""
     parts = [np.array(chunk.to_pylist(), "S32") for chunk in column.chunks]
@@ -152,27 +165,35 @@ def quoted(values: Iterable[str]) -> str:
     return ", ".join("'" + value.replace("'", "''") + "'" for value in values)
 
 
-def _find(dataset: LanceDataset, paths: set[str], base_version: int) -> dict[str, int]:
-    """Return the first row ids of those data files that were ever committed."""
+def _first_of_each_key(rows: pa.Table) -> pa.Table:
+    keys = rows.column(0).to_pylist()
+    first = {key: keys.index(key) for key in keys} if len(set(keys)) < len(keys) else {}
+    return rows.take(sorted(first.values())) if first else rows
+
+
+def _find(dataset: LanceDataset, paths: set[str], base_version: int) -> tuple[dict[str, int], bool]:
+    """Return the first row ids of those data files that were ever committed, and whether that is sure."""
     found = _fragments_by_path(dataset, paths)
+    is_whole = True
     for version in range(base_version + 1, dataset.version + 1):
         if found.keys() >= paths:
             break
         transaction = _transaction(dataset, version)
         if not isinstance(transaction, lance.Transaction):
+            is_whole = False
             continue
         operation = transaction.operation
         if isinstance(operation, LanceOperation.Append) and {_path(f) for f in operation.fragments} & paths:
             # Compaction has rewritten them since; stable row ids are the same as then.
             found |= _fragments_by_path(dataset.checkout_version(version), paths - found.keys())
-    return found
+    return found, is_whole
 
 
 def _transaction(dataset: LanceDataset, version: int) -> Any:
     try:
         return dataset.read_transaction(version)
     except (OSError, ValueError):
-        return None  # Cleaned away. Appending again is then harmless: nothing names the other copy.
+        return None  # Cleaned away. Appending what is still there is harmless: nothing names the other copy.
 
 
 def _fragments_by_path(dataset: LanceDataset, paths: set[str]) -> dict[str, int]:
