@@ -38,7 +38,7 @@ _LIMITS = {
     # Only these demuxers and decoders ever see a file: others open further files and addresses, or are rarely tested.
     "format_whitelist": "mov,mp4,m4a,3gp,3g2,mj2",
     "codec_whitelist": "libdav1d,av1,h264,hevc,mpeg4,vp9,aac,mp3,opus,vorbis,flac,ac3,pcm_s16le",
-    "max_pixels": str(MAX_PIXELS),
+    "max_pixels": str(4 * MAX_PIXELS),  # So that the size of what is too large is still found out.
 }
 _READ_BYTES = 1 << 18
 
@@ -60,7 +60,6 @@ def open_video(source: Source) -> Iterator[tuple["InputContainer", "VideoStream"
     """
     import av
     from av.error import FFmpegError
-    from av.stream import Disposition
 
     name = name_of(source)
     with ExitStack() as stack:
@@ -72,11 +71,11 @@ def open_video(source: Source) -> Iterator[tuple["InputContainer", "VideoStream"
         except FFmpegError as error:
             raise EpisodeError("video-undecodable", f"{name} is no mp4 or mov video: {error}") from error
         stack.enter_context(container)
-        streams = [stream for stream in container.streams.video if not stream.disposition & Disposition.attached_pic]
-        if not streams:
+        if not container.streams.video:
             raise EpisodeError("video-undecodable", f"{name} has no video stream")
-        _check_stream(streams[0], name)
-        yield container, streams[0]
+        stream = container.streams.video[0]
+        _check_stream(stream, name)
+        yield container, stream
 
 
 def codec_of(stream: "VideoStream") -> str:

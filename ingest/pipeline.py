@@ -3,7 +3,7 @@
 import logging
 import time
 from collections.abc import Callable, Collection, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import pyarrow as pa
@@ -31,7 +31,16 @@ from lake.commit import Committed, commit, episode_uid, quarantine_uid
 from lake.errors import EpisodeError, LakeDamagedError, SourceTooBadError
 from lake.failpoints import failpoint
 from lake.schema import ROW_TABLES, SIGHTINGS
-from lake.staging import Rejected, TaskResult, close_attempt, open_attempts, open_results, put_plan
+from lake.staging import (
+    Rejected,
+    TaskResult,
+    close_attempt,
+    forget_attempt,
+    is_closed,
+    open_attempts,
+    open_results,
+    put_plan,
+)
 from lake.storage import Storage
 from lake.tables import delete_rows, merge_new, open_table, quoted
 from lake.verify import INDEX_COLUMNS, check_contents
@@ -111,9 +120,10 @@ def ingest(lake: Lake, source: Source, profile: Profile, limits: Limits, progres
         _heal(storage, name, known, so_far)
     run.check_bad()
     progress.enter("check")
-    check_new(lake)
+    checked = check_new(lake)
     progress.enter("release")
-    release = lake.make_release() if open_table(storage, "episodes").count_rows() else None
+    is_empty = open_table(storage, "episodes", checked).count_rows() == 0
+    release = None if is_empty else lake.make_release(episodes_version=checked)
     failpoint("plan.before_close")
     for attempt_id in run.attempts:
         close_attempt(storage, name, attempt_id)
@@ -178,8 +188,9 @@ class _Run:
 
     def _recover(self, wanted: Collection[str]) -> set[str]:
         """Commit what earlier attempts staged of the wanted episodes; return their uids."""
+        # Their bad episodes are not taken: they may be mended, or accepted, by now, and are few.
         results = [
-            result
+            replace(result, rejected=())
             for result in open_results(self.lake.storage, self.profile.source_name)
             if any(episode.episode_uid in wanted for episode in result.episodes)
             and all(episode.row["resolution"] == self.profile.resolution for episode in result.episodes)
@@ -193,6 +204,9 @@ class _Run:
         """Execute a plan: decode its tasks on the cluster and commit as they finish."""
         storage, source, profile = self.lake.storage, self.source, self.profile
         attempt_id = attempt_of(plan, profile, source.files.uri)
+        if is_closed(storage, profile.source_name, attempt_id):
+            # All that was good in it is committed: what was bad then is to be tried again, not looked up.
+            forget_attempt(storage, profile.source_name, attempt_id)
         failpoint("plan.before_put")
         put_plan(storage, profile.source_name, attempt_id, plan)
         failpoint("plan.after_put")
@@ -238,17 +252,21 @@ class _Run:
         self.check_bad()
 
 
-def check_new(lake: Lake) -> None:
+def check_new(lake: Lake) -> int:
     """Read back every episode that no release holds yet and compare checksums.
 
-    Those that differ are taken out of the index, so that the next ingest writes them
-    anew; no release has ever shown them.
+    Those that differ are taken out of the index and what was staged with them is
+    forgotten, so that the next ingest writes them anew; no release has ever shown them.
+
+    Returns:
+        The version of ``episodes`` that was checked. Others may have committed more since.
 
     Raises:
         LakeDamagedError: something differs.
     """
     storage = lake.storage
-    index = lake.unreleased(INDEX_COLUMNS)
+    checked = open_table(storage, "episodes").version
+    index = lake.unreleased([*INDEX_COLUMNS, "source", "attempt_id"])
     versions = {table: open_table(storage, table).version for table in ROW_TABLES}
 
     def check(block: pa.Table) -> pa.Table:
@@ -256,15 +274,22 @@ def check_new(lake: Lake) -> None:
         problems = [asdict(problem) for problem in check_contents(tables, block)]
         return pa.Table.from_pylist(problems, _PROBLEM)
 
-    problems = list(rows_of(blocks_of(index, BLOCK_EPISODES), check, "CheckEpisodes")) if index.num_rows else []
+    problems: list[dict[str, Any]] = []
+    bad: set[str] = set()
+    for _ in range(2):  # What could not be read for a moment is not damaged: look twice.
+        problems = list(rows_of(blocks_of(index, BLOCK_EPISODES), check, "CheckEpisodes")) if index.num_rows else []
+        bad = {problem["episode_uid"] for problem in problems}
+        index = index.filter(pa.array([uid in bad for uid in index.column("episode_uid").to_pylist()], pa.bool_()))
     if problems:
-        bad = sorted({problem["episode_uid"] for problem in problems})
-        delete_rows(storage, "episodes", f"episode_uid IN ({quoted(bad)})")
+        for source, attempt_id in {(row["source"], row["attempt_id"]) for row in index.to_pylist()}:
+            forget_attempt(storage, source, attempt_id)
+        delete_rows(storage, "episodes", f"episode_uid IN ({quoted(sorted(bad))})")
         shown = "; ".join(f"{p['episode_uid']} {p['table']}: {p['message']}" for p in problems[:5])
         raise LakeDamagedError(
             f"{len(bad)} episodes did not read back as written and were taken out again; nothing is released. "
             f"Check the storage and ingest again: {shown}"
         )
+    return checked
 
 
 _PROBLEM = pa.schema([("episode_uid", pa.string()), ("table", pa.string()), ("message", pa.string())])

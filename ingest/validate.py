@@ -113,7 +113,7 @@ class ViewWatch:
         """
         if not self._lit and "black-video" not in accepted:
             raise EpisodeError("black-video", f"view {self.view}: no frame is brighter than {BLACK_LEVEL} of 255")
-        still = not self._moved and self._num_frames >= MIN_FRAMES_TO_FREEZE
+        still = self._lit and not self._moved and self._num_frames >= MIN_FRAMES_TO_FREEZE
         if still and "frozen-video" not in accepted:
             raise EpisodeError(
                 "frozen-video", f"view {self.view}: all frames differ by less than {FROZEN_LEVEL} of 255"

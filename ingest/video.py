@@ -86,7 +86,7 @@ def read_clip(
     with open_video(source) as (container, stream), _mp4(dest, stream) as output:
         length_bytes = _nal_length_bytes(stream)
         digest, num_bytes, num_frames, others = hashlib.sha256(), 0, 0, []
-        first, last, offset = _FOREVER, -_FOREVER, None
+        first, offset = _FOREVER, None
         for timed, is_wanted in _select(container, stream, _window(stream, start_s, end_s, fps, name), name):
             packet, pts, dts = timed
             num_bytes += packet.size
@@ -94,7 +94,7 @@ def read_clip(
                 coded = _coded_bytes(bytes(packet), codec_of(stream), length_bytes)
                 digest.update(len(coded).to_bytes(8, "big") + coded)
                 num_frames += 1
-                first, last = min(first, pts), max(last, pts)
+                first = min(first, pts)
             else:
                 others.append(pts)
             if output is not None:
@@ -103,8 +103,6 @@ def read_clip(
                 output.mux(packet)
         if num_frames == 0:
             raise EpisodeError("video-truncated", f"{name} shows no frame from {start_s} to {end_s} s")
-        if any(first < pts < last for pts in others):
-            raise EpisodeError("video-undecodable", f"{name} hides frames in the middle of the episode")
         num_lead = sum(pts < first for pts in others)
         codec, width, height = codec_of(stream), stream.width, stream.height
         return Clip(codec, width, height, num_lead, num_frames, num_bytes, digest.hexdigest())
@@ -199,11 +197,11 @@ def _select(
     lead, more = _lead_in(container, stream, window, name)
     if not lead:
         return
-    latest, held, num_held_bytes = -_FOREVER, [], 0
+    held, num_held_bytes, last_dts = [], 0, lead[0].dts
     for timed in chain(lead, more):
         if timed.dts >= window.high:
             return
-        latest = max(latest, timed.pts)
+        last_dts = timed.dts
         is_wanted = window.shows(timed)
         held.append(timed)
         num_held_bytes += timed.packet.size
@@ -212,7 +210,7 @@ def _select(
             yield from ((other, other is timed) for other in held)
             held, num_held_bytes = [], 0
     index = stream.index_entries
-    if len(index) and index[-1].timestamp > latest:
+    if len(index) and index[-1].timestamp > last_dts:
         raise EpisodeError("video-truncated", f"{name} ends before its index does; copy or download it again")
 
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
@@ -89,9 +90,9 @@ class Lake:
         return f"Lake({self.uri!r})"
 
     def releases(self) -> list[Release]:
-        """Return all releases, oldest first."""
+        """Return all releases, the one of the oldest state first."""
         rows = open_table(self.storage, "releases").to_table().to_pylist()
-        return [self._release(row) for row in sorted(rows, key=lambda row: (row["created_at"], row["name"]))]
+        return [self._release(row) for row in sorted(rows, key=_age)]
 
     def release(self, name: str | None = None) -> Release:
         """Return a release by name; None means the newest.
@@ -130,18 +131,22 @@ class Lake:
         delete_rows(self.storage, "quarantine", where)
         return count
 
-    def make_release(self, name: str | None = None, *, note: str = "") -> Release:
+    def make_release(self, name: str | None = None, *, note: str = "", episodes_version: int | None = None) -> Release:
         """Pin the present state as a release.
 
         The versions of all tables are pinned under a name made from the version of
         ``episodes``, so that two who release the same state make the same release.
         A given name is a second name for it.
 
+        Args:
+            episodes_version: release this version of the index, for one who has checked it;
+                None means the newest.
+
         Raises:
             LakeDamagedError: the tables disagree with the index; nothing is released.
             ReleaseExistsError: the given name is taken by other contents.
         """
-        release = self._release_of_now(note)
+        release = self._release_of_now(note, episodes_version)
         return release if name is None else self.tag(name, release)
 
     def tag(self, name: str, release: Release) -> Release:
@@ -152,6 +157,8 @@ class Lake:
             ValueError: not a name that tags can have.
         """
         _check_name(name)
+        if name != release.name and re.fullmatch(r"r\d+(\.\d+)?", name):
+            raise ValueError(f"release name {name!r}: the lake itself gives names of this form; take another")
         row = _row_of(release) | {"name": name, "created_at": datetime.now(UTC)}
         merge_new(self.storage, "releases", pa.Table.from_pylist([row], RELEASES))
         winner = self.release(name)
@@ -212,8 +219,8 @@ class Lake:
         self.storage.delete(old)
         return removed | {"staged": len(old)}
 
-    def _release_of_now(self, note: str) -> Release:
-        datasets = {"episodes": open_table(self.storage, "episodes")}
+    def _release_of_now(self, note: str, episodes_version: int | None) -> Release:
+        datasets = {"episodes": open_table(self.storage, "episodes", episodes_version)}
         # The index first: whatever it names was in the other tables before.
         datasets |= {t: open_table(self.storage, t) for t in self._table_names() if t not in (*_UNPINNED, "episodes")}
         summary = _summary(datasets)
@@ -343,6 +350,12 @@ def _tag(dataset: lance.LanceDataset, name: str, version: int) -> int:
         return dataset.tags.list()[name]["version"]
 
     return retried(dataset.uri, create)
+
+
+def _age(row: dict[str, Any]) -> tuple[Any, ...]:
+    """Return what orders releases: the state that they show, so that a second name makes nothing new."""
+    versions = dict(row["versions"])
+    return versions["episodes"], versions["derived"], row["created_at"], row["name"]
 
 
 def _row_of(release: Release) -> dict[str, Any]:

@@ -2,6 +2,8 @@
 
 import os
 import shutil
+import subprocess
+import sys
 import tempfile
 import warnings
 from collections.abc import Iterator
@@ -9,7 +11,7 @@ from pathlib import Path
 from uuid import uuid4
 
 import pytest
-from support import G1
+from support import G1, ROOT
 
 from jobs.store import Store, local_store
 
@@ -64,3 +66,11 @@ def ray(store: Store) -> Iterator[object]:
     yield module
     module.shutdown()
     shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture(scope="session")
+def lerobot() -> Path:
+    """The python of an environment with LeRobot 0.4.4; made once, in .venv-lerobot."""
+    venv = ROOT / ".venv-lerobot"
+    subprocess.run(["sh", ROOT / "tests" / "lerobot_venv.sh", venv, sys.executable], check=True)
+    return venv / "bin" / "python"

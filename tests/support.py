@@ -143,3 +143,11 @@ def run_module(module: str, *arguments: object, **environment: str) -> subproces
 def last_json(output: str) -> dict[str, Any]:
     """Return the JSON of the last line that a job printed."""
     return json.loads(output.strip().splitlines()[-1])
+
+
+def read_with_lerobot(lerobot: Path, root: Path, *indices: int) -> dict[str, Any]:
+    """Open a LeRobot v3.0 dataset with LeRobot itself; return what tests/lerobot_open.py prints."""
+    command = [lerobot, ROOT / "tests" / "lerobot_open.py", root, *map(str, indices)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])

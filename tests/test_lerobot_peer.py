@@ -1,17 +1,13 @@
 """LeRobot itself, in an environment of its own, reads what ingest/lerobot_writer.py writes."""
 
-import json
-import subprocess
-import sys
 from pathlib import Path
-from typing import Any
 
 import av
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from g1 import GOOD, good_v21
-from support import ROOT
+from support import read_with_lerobot
 
 from ingest.lerobot_files import FileLimits
 from ingest.lerobot_writer import Column, DatasetSpec, LeRobotWriter, ViewFile
@@ -21,21 +17,6 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
 TOP, WRIST = "observation.images.top", "observation.images.wrist"
 CAM_HIGH = "observation.images.cam_high"
-
-
-@pytest.fixture(scope="session")
-def lerobot() -> Path:
-    """The python of an environment with LeRobot 0.4.4; made once, in .venv-lerobot."""
-    venv = ROOT / ".venv-lerobot"
-    subprocess.run(["sh", ROOT / "tests" / "lerobot_venv.sh", venv, sys.executable], check=True)
-    return venv / "bin" / "python"
-
-
-def read_with_lerobot(lerobot: Path, root: Path, *indices: int) -> dict[str, Any]:
-    command = [lerobot, ROOT / "tests" / "lerobot_open.py", root, *map(str, indices)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout.splitlines()[-1])
 
 
 def pictures(num_frames: int, seed: int) -> list[np.ndarray]:

@@ -1,0 +1,98 @@
+"""What the README says is so: its blocks run, its tables are true."""
+
+import ast
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import s3fs
+from support import ROOT
+
+from jobs.bench.__main__ import BENCHES
+from jobs.store import Store
+from lake.schema import EPISODES, FRAMES
+
+README = (ROOT / "README.md").read_text()
+PACKAGES = ("lake", "ingest", "train", "serve", "jobs")
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+
+
+def first_line(path: Path) -> str:
+    docstring = ast.get_docstring(ast.parse(path.read_text()))
+    assert docstring, f"{path} has no docstring"
+    return docstring.splitlines()[0].replace("|", "\\|")
+
+
+def test_every_file_is_listed_with_its_first_line() -> None:
+    files = sorted(path for package in PACKAGES for path in (ROOT / package).rglob("*.py"))
+    expected = [f"| `{path.relative_to(ROOT)}` | {first_line(path)} |" for path in files]
+    listed = [line for line in README.splitlines() if re.match(r"\| `(lake|ingest|train|serve|jobs)/", line)]
+    assert listed == expected
+
+
+def test_columns_that_it_names_are_there() -> None:
+    named = re.findall(r"`(\w+)` has `([\w, ]+)`", README.replace("\n", " "))
+    schemas = {"episodes": EPISODES, "frames": FRAMES}
+    assert {table for table, _ in named} == schemas.keys()
+    for table, columns in named:
+        assert set(columns.split(", ")) <= set(schemas[table].names)
+
+
+def test_flags_that_it_names_are_those_of_ingest() -> None:
+    shown = subprocess.run(
+        [sys.executable, "-m", "jobs.ingest", "--help"], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout
+    offered = set(re.findall(r"--[a-z][a-z-]+", shown)) - {"--help"}
+    rows = "".join(line for line in README.splitlines() if line.startswith("| `--"))
+    named = set(re.findall(r"--[a-z][a-z-]+", rows))
+    assert named == {flag for flag in offered if not flag.startswith("--no-")}
+
+
+def test_documents_that_it_points_to_are_there() -> None:
+    for target in re.findall(r"\]\(([^)#:]+)\)", README):
+        assert (ROOT / target).exists(), target
+
+
+def test_benches_are_listed() -> None:
+    performance = (ROOT / "docs/performance.md").read_text()
+    assert all(f"jobs.bench {name}" in performance for name in BENCHES)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_every_block_runs_in_a_fresh_folder(store: Store, tmp_path: Path) -> None:
+    tracked = subprocess.run(["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, check=True)
+    for name in tracked.stdout.decode().splitlines():
+        if (ROOT / name).is_file() and not name.startswith("tests/"):
+            (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / name, tmp_path / name)
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("AWS_")}
+    environment["PATH"] = f"{Path(sys.executable).parent}:{environment['PATH']}"
+    environment["PYTHONPATH"] = str(tmp_path)
+    demo = run("python -m jobs.demo", tmp_path, environment)
+    assert "contact sheet: " in demo
+    assert (tmp_path / "out/demo/contact_sheet.png").stat().st_size > 50_000
+    files = s3fs.S3FileSystem(use_listings_cache=False)
+    files.put(str(tmp_path / "out/demo/metaworld"), f"{store.bucket}/sources/metaworld", recursive=True)
+    for block in blocks("sh"):
+        on_s3 = store.environment() if "s3://" in block else {}
+        for line in block.splitlines():
+            run(line, tmp_path, environment | on_s3)
+    for block in blocks("python"):
+        (tmp_path / "block.py").write_text(block)
+        run("python block.py", tmp_path, environment)
+
+
+def run(command: str, folder: Path, environment: dict[str, str]) -> str:
+    done = subprocess.run(
+        ["bash", "-c", command], cwd=folder, env=environment, capture_output=True, text=True, timeout=400, check=False
+    )
+    assert done.returncode == 0, f"{command}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
+    return done.stdout
