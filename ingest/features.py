@@ -1,8 +1,9 @@
 """Which features of a source become state, action and views: by name, or by a map."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 from lake.errors import SourceMetadataError
 
@@ -89,13 +90,13 @@ def dimension_names(features: Mapping[str, Mapping[str, Any]], keys: Sequence[st
 
 def declared_dim(spec: Mapping[str, Any]) -> int | None:
     """Return the number of values that a feature's declared shape holds; None where it does not say."""
-    shape = spec.get("shape")
-    if not isinstance(shape, list | tuple) or not all(isinstance(n, int) and n >= 0 for n in shape):
+    shape: Any = spec.get("shape")
+    if not isinstance(shape, list | tuple):
         return None
-    size = 1
-    for n in shape:
-        size *= n
-    return size
+    sizes = cast("Sequence[Any]", shape)
+    if not all(isinstance(size, int) and size >= 0 for size in sizes):
+        return None
+    return math.prod(sizes)
 
 
 def _vector(
@@ -141,9 +142,10 @@ def _short(key: str) -> str:
 def _flatten(names: Any) -> list[str]:
     """Return names that real metadata nests in lists and dicts."""
     if isinstance(names, Mapping):
-        if all(isinstance(value, int) for value in names.values()):
-            return sorted(names, key=lambda name: names[name])
-        names = list(names.values())
+        by_name = cast("Mapping[str, Any]", names)
+        if all(isinstance(value, int) for value in by_name.values()):
+            return sorted(by_name, key=lambda name: int(by_name[name]))
+        return _flatten(list(by_name.values()))
     if isinstance(names, list | tuple):
-        return [flat for name in names for flat in _flatten(name)]
+        return [flat for name in cast("Sequence[Any]", names) for flat in _flatten(name)]
     return [] if names is None else [str(names)]

@@ -182,10 +182,8 @@ def _timed_packets(container: "InputContainer", stream: "VideoStream", name: str
         pts, dts = packet.pts, packet.dts
         if pts is None or dts is None or pts < dts or (last_dts is not None and dts <= last_dts):
             raise EpisodeError("video-undecodable", f"{name} has times that run backwards at tick {dts}")
-        if pts - dts > limit or (last_dts is not None and dts - last_dts > limit):
-            raise EpisodeError(
-                "video-undecodable", f"{name} has times that jump by more than {MAX_GAP_S} s at tick {dts}"
-            )
+        if max(pts - dts, packet.duration or 0, 0 if last_dts is None else dts - last_dts) > limit:
+            raise EpisodeError("video-undecodable", f"{name} has gaps of more than {MAX_GAP_S} s at tick {dts}")
         last_dts = dts
         yield _Timed(packet, pts, dts)
 
@@ -292,19 +290,15 @@ def _check_held(num_bytes: int, name: str) -> None:
 def _mp4(dest: Path | None, template: "VideoStream") -> Iterator["OutputContainer | None"]:
     """Open an mp4 file for the packets of a stream; remove it if the block raises."""
     import av
-    from av.error import ArgumentError, InvalidDataError
 
     if dest is None:
         yield None
         return
     with ExitStack() as on_error:
         on_error.callback(dest.unlink, missing_ok=True)
-        try:
-            with av.open(f"file:{dest}", "w", format="mp4", options=_MP4_OPTIONS) as output:
-                output.add_stream_from_template(template, opaque=True)
-                yield output
-        except (ArgumentError, InvalidDataError) as error:
-            raise EpisodeError("video-undecodable", f"no mp4 can hold these packets: {error}") from error
+        with av.open(f"file:{dest}", "w", format="mp4", options=_MP4_OPTIONS) as output:
+            output.add_stream_from_template(template, opaque=True)
+            yield output
         on_error.pop_all()
 
 

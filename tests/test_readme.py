@@ -68,7 +68,9 @@ def test_benches_are_listed() -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_every_block_runs_in_a_fresh_folder(store: Store, tmp_path: Path) -> None:
-    tracked = subprocess.run(["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, check=True)
+    tracked = subprocess.run(
+        ["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, check=True
+    )
     for name in tracked.stdout.decode().splitlines():
         if (ROOT / name).is_file() and not name.startswith("tests/"):
             (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)

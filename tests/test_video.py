@@ -1,5 +1,6 @@
 import io
 import struct
+import tempfile
 from contextlib import suppress
 from dataclasses import replace
 from fractions import Fraction
@@ -116,6 +117,11 @@ def joined(request, tmp_path_factory):
     frames = [image for piece in pieces for image in decode_all(piece)]
     whole = concatenate(pieces, folder / "whole.mp4")
     return SimpleNamespace(codec=codec, pieces=pieces, whole=whole, frames=frames, dest=folder / "clip.mp4")
+
+
+@pytest.fixture(scope="module")
+def fragile(tmp_path_factory) -> bytes:
+    return make_video(tmp_path_factory.mktemp("fragile") / "video.mp4", "h264", b_frames=3).read_bytes()
 
 
 def test_a_whole_file_is_one_clip(joined):
@@ -438,6 +444,12 @@ def test_another_codec_is_unknown(tmp_path, codec):
 def test_huge_frames_are_refused(tmp_path):
     path = make_video(tmp_path / "wide.mp4", "vp9", size=(16_400, 16), num_frames=1)
     assert reason_of(read_clip, path) == "video-too-large"
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("mpeg4", rate=FPS)
+        stream.width = stream.height = 8190
+        container.mux(stream.encode(av.VideoFrame(8190, 8190, "yuv420p")))
+        container.mux(stream.encode(None))
+    assert reason_of(read_clip, path) == "video-too-large"
 
 
 @pytest.mark.parametrize(("codec", "num_kept"), [*((codec, 0) for codec in ENCODERS), ("h264", 100), ("mpeg4", 100)])
@@ -475,6 +487,7 @@ def test_a_file_that_begins_off_a_keyframe_is_undecodable(tmp_path):
             if number and packet.size:
                 packet.stream = stream
                 output.mux(packet)
+    assert reason_of(read_clip, tmp_path / "late.mp4", start_s=5 / FPS) == "video-undecodable"
     assert reason_of(read_clip, tmp_path / "late.mp4") == "video-undecodable"
     clip = read_clip(tmp_path / "late.mp4", start_s=9 / FPS, dest=tmp_path / "c.mp4")
     assert same(decode_clip(tmp_path / "c.mp4", clip=clip, longer_side=224), decode_all(path)[10:])
@@ -504,16 +517,55 @@ def test_a_file_cut_inside_an_open_gop_is_undecodable_as_a_whole(tmp_path):
     [
         (b"stco", 12, 1 << 30, "video-truncated"),  # where the frames are: behind the end
         (b"stsz", 92, 1 << 20, "video-truncated"),  # how long the last one is: longer than the file
+        (b"stsz", 36, 1 << 29, "video-truncated"),
         (b"stts", 16, 0, "video-undecodable"),  # ticks from one to the next
+        (b"stts", 16, 1 << 30, "video-undecodable"),
         (b"ctts", 24, (1 << 31) - 1, "video-undecodable"),  # ticks that one is shown later: FFmpeg would abort
+        (b"VideoHandler", 0, 0xFFFEFDFC, None),  # no UTF-8
     ],
 )
 def test_an_index_that_lies_is_found_out(tmp_path, box, at, value, reason):
-    whole = bytearray(make_video(tmp_path / "video.mp4", "h264", b_frames=3).read_bytes())
+    path = make_video(tmp_path / "video.mp4", "h264", b_frames=3)
+    whole = bytearray(path.read_bytes())
     begin = whole.index(box) + at
     whole[begin : begin + 4] = value.to_bytes(4, "big")
-    assert reason_of(read_clip, io.BytesIO(whole), dest=tmp_path / "c.mp4") == reason
-    assert not (tmp_path / "c.mp4").exists()
+    for dest in (None, tmp_path / "c.mp4"):
+        if reason is None:
+            assert read_clip(io.BytesIO(whole), dest=dest) == read_clip(path)
+        else:
+            assert reason_of(read_clip, io.BytesIO(whole), dest=dest) == reason
+            assert not (tmp_path / "c.mp4").exists()
+
+
+@pytest.mark.parametrize("position", [-3, 1000])
+def test_a_last_stretch_that_lies_behind_the_end_is_truncated(tmp_path, position):
+    whole = make_video(tmp_path / "video.mp4", "h264", num_frames=40, audio=True).read_bytes()
+    stco = whole.index(b"stco")
+    last = stco + 8 + 4 * int.from_bytes(whole[stco + 8 : stco + 12], "big")
+    moved = whole[:last] + (len(whole) + position).to_bytes(4, "big") + whole[last + 4 :]
+    assert reason_of(read_clip, io.BytesIO(moved)) == "video-truncated"
+    assert read_clip(io.BytesIO(moved), end_s=0.5).num_frames == 15
+
+
+def test_a_frame_that_lasts_for_days_is_undecodable(tmp_path):
+    whole = bytearray(make_video(tmp_path / "video.mp4", "h264", num_frames=1).read_bytes())
+    begin = whole.index(b"stts") + 16
+    whole[begin : begin + 4] = (1 << 30).to_bytes(4, "big")
+    assert reason_of(read_clip, io.BytesIO(whole), dest=tmp_path / "c.mp4") == "video-undecodable"
+
+
+@settings(max_examples=100, deadline=None)
+@given(data=st.data())
+def test_a_damaged_index_never_leads_to_another_error(fragile, data):
+    whole = bytearray(fragile)
+    first = whole.index(b"moov")
+    for _ in range(data.draw(st.integers(1, 3))):
+        begin = data.draw(st.integers(first, len(whole) - 4))
+        whole[begin : begin + 4] = data.draw(st.integers(0, (1 << 32) - 1)).to_bytes(4, "big")
+    with suppress(EpisodeError), tempfile.TemporaryDirectory() as folder:
+        dest = Path(folder) / "c.mp4"
+        clip = read_clip(io.BytesIO(whole), start_s=0.2, dest=dest)
+        assert sum(1 for _ in decode_clip(dest, clip=clip, longer_side=32)) == clip.num_frames
 
 
 def test_frames_hidden_in_the_middle_are_undecodable(tmp_path):
@@ -526,6 +578,14 @@ def test_frames_hidden_in_the_middle_are_undecodable(tmp_path):
     path = tmp_path / "hole.mp4"
     path.write_bytes(whole[:at] + edits + whole[at + 16 :])
     assert reason_of(read_clip, path) == "video-undecodable"
+
+
+def test_an_endless_lead_in_is_refused(tmp_path, monkeypatch):
+    path = make_video(tmp_path / "video.mp4", "mpeg4", num_frames=60, gop=60)
+    assert read_clip(path, start_s=1.5).num_lead_frames == 45
+    monkeypatch.setattr("ingest.video.MAX_HELD_BYTES", 10_000)
+    assert reason_of(read_clip, path, start_s=1.5) == "video-too-large"
+    assert read_clip(path).num_frames == 60
 
 
 def test_a_stretch_behind_the_end_is_truncated(tmp_path):

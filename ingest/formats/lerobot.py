@@ -152,9 +152,7 @@ def read_rows(source: Source, relative: str, episode_index: int, *, many: bool) 
             if sum(parquet.metadata.row_group(g).num_rows for g in groups) > MAX_EPISODE_ROWS:
                 raise EpisodeError("data-unreadable", f"{relative} claims more than {MAX_EPISODE_ROWS} rows")
             table = parquet.read_row_groups(groups, columns=[*columns, "episode_index"] if many else columns)
-    except pa.ArrowInvalid as error:
-        raise EpisodeError("data-unreadable", f"{relative}: {_brief(error)}") from error
-    except pa.ArrowException as error:
+    except (pa.ArrowException, UnicodeDecodeError) as error:
         raise EpisodeError("data-unreadable", f"{relative}: {_brief(error)}") from error
     except OSError as error:
         # Arrow reports a damaged page or Thrift header as a bare OSError.

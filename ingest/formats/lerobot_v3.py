@@ -97,7 +97,7 @@ def _batches(source: Source, name: str) -> Iterator[list[dict[str, Any]]]:
         columns = [*needed, "tasks"] if "tasks" in parquet.schema_arrow.names else needed
         for batch in parquet.iter_batches(_BATCH, columns=columns):
             yield batch.to_pylist()
-    except (pa.ArrowException, OSError) as error:
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise SourceMetadataError(f"{files.uri}: {name} is damaged: {str(error)[:200]}") from error
 
 
@@ -153,12 +153,10 @@ def _tasks(files: SourceFiles) -> dict[int, str]:
         return {}
     try:
         table = pq.read_table(io.BytesIO(files.read_meta("meta/tasks.parquet")))
-    except (pa.ArrowException, OSError) as error:
+        columns = {name: table.column(name).to_pylist() for name in table.column_names}
+    except (pa.ArrowException, OSError, KeyError, UnicodeDecodeError) as error:
         raise SourceMetadataError(f"{files.uri}: meta/tasks.parquet is damaged: {str(error)[:200]}") from error
-    texts = [name for name in ("task", "__index_level_0__") if name in table.column_names]
-    if not texts or "task_index" not in table.column_names:
-        raise SourceMetadataError(
-            f"{files.uri}: meta/tasks.parquet has {table.column_names}, expected task_index and task"
-        )
-    indices = table.column("task_index").to_pylist()
-    return {index: str(text) for index, text in zip(indices, table.column(texts[0]).to_pylist(), strict=True)}
+    texts = [name for name in ("task", "__index_level_0__") if name in columns]
+    if not texts or "task_index" not in columns:
+        raise SourceMetadataError(f"{files.uri}: meta/tasks.parquet has {list(columns)}, expected task_index and task")
+    return {index: str(text) for index, text in zip(columns["task_index"], columns[texts[0]], strict=True)}
