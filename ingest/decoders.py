@@ -124,7 +124,7 @@ def decode_pyav(
         context.thread_count, context.thread_type = 1, "NONE"
         context.options = {"max_pixels": str(MAX_PIXELS)}
         for packet in chain(read_packets(container, stream, name), [None]):
-            if packet is not None and packet.pts is not None and not packet.is_discard:
+            if packet is not None and packet.pts is not None:
                 heappush(due, packet.pts)
             try:
                 frames = context.decode(packet)

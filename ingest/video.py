@@ -233,7 +233,7 @@ def _lead_in(
             if begin is None:
                 return [], more
             lead = _from_keyframe(chain([begin], more), window, name)
-            if lead is not None and not (window.shows(begin) and _may_be_late(begin, stream, window)):
+            if lead is not None and (seek_to is None or not _may_be_late(begin, stream, window)):
                 return lead, more
             if seek_to is None or begin.dts >= earliest_dts:
                 raise EpisodeError("video-undecodable", f"{name} has no keyframe before the episode")
@@ -244,6 +244,8 @@ def _lead_in(
 
 def _may_be_late(begin: _Timed, stream: "VideoStream", window: _Window) -> bool:
     """Whether a wanted frame may come before the keyframe that a seek led to."""
+    if not window.shows(begin):
+        return False
     index = stream.index_entries
     at = index.search_timestamp(begin.dts, any_frame=True)
     return at > 0 and begin.pts - (begin.dts - index[at - 1].timestamp) >= window.low

@@ -13,7 +13,7 @@ from lance import BlobFile, LanceDataset
 from lake.schema import FRAMES, frames_table
 from lake.sketch import Sketch, merge
 from lake.storage import Storage
-from lake.tables import open_table, quoted, take_rows, uid_array
+from lake.tables import check_columns, open_table, quoted, take_rows, uid_array
 
 if TYPE_CHECKING:
     import ray.data
@@ -67,6 +67,10 @@ class Release:
             columns: names of columns; None means all.
             episodes: episode uids, in the order wanted; None means all.
             resolution: longer side in pixels of a derived table; None means the one ingested.
+
+        Raises:
+            ValueError: an unknown column, a condition that cannot be parsed, or no such resolution.
+            KeyError: no such episode in this release.
         """
         batches = list(self.scan(where, columns, episodes=episodes, resolution=resolution))
         schema = batches[0].schema if batches else _projected(columns)
@@ -107,10 +111,16 @@ class Release:
     def dataset(
         self, where: str | None = None, columns: Sequence[str] | None = None, *, resolution: int | None = None
     ) -> "ray.data.Dataset":
-        """Return the frames as a Ray Dataset; arguments as in ``frames``."""
+        """Return the frames as a Ray Dataset; arguments as in ``frames``.
+
+        Raises:
+            ValueError: as for ``frames``, at once.
+        """
         import ray.data
 
         table = "frames" if resolution is None else frames_table(resolution)
+        dataset = self._open(table)
+        _checked_scanner(dataset, where, columns)
         ranges = self._ranges(resolution)
 
         def visible(batch: pa.Table) -> pa.Table:
@@ -121,7 +131,8 @@ class Release:
         source = ray.data.read_lance(
             self.storage.table_uri(table),
             version=self.versions[table],
-            columns=list(columns) if columns is not None else None,
+            # Without names Ray keeps the table's own columns only, so no row ids.
+            columns=list(columns) if columns is not None else dataset.schema.names,
             filter=where,
             storage_options=self.storage.lance_options(),
             scanner_options=options,
@@ -155,7 +166,7 @@ class Release:
 
     def sketches(self, *, split: str | None = "train") -> dict[tuple[str, str, str], Sketch]:
         """Return mergeable statistics by (source, embodiment, feature)."""
-        where = None if split is None else f"split = '{split}'"
+        where = None if split is None else f"split = {quoted([split])}"
         episodes = self.episodes(where, ["source", "embodiment", "episode_uid", "stats_first_row", "stats_rows"])
         groups: dict[tuple[str, str, str], Sketch] = {}
         dataset = self._open("stats")
@@ -279,9 +290,7 @@ def _read_ranges(
 
 
 def _checked_scanner(dataset: LanceDataset, where: str | None, columns: Sequence[str] | None, **options: Any) -> Any:
-    unknown = set(columns or ()) - set(dataset.schema.names)
-    if unknown:
-        raise ValueError(f"unknown columns {sorted(unknown)}; there are {', '.join(dataset.schema.names)}")
+    check_columns(dataset, columns)
     try:
         scanner = dataset.scanner(columns=list(columns) if columns is not None else None, filter=where, **options)
         scanner.explain_plan()

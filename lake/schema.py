@@ -171,8 +171,3 @@ TABLES = {
 def frames_table(resolution: int) -> str:
     """Return the name of the derived frames table of a resolution."""
     return f"frames_{resolution}"
-
-
-def empty_table(schema: pa.Schema) -> pa.Table:
-    """Return a table of no rows; ``Schema.empty_table`` fails on extension types."""
-    return pa.table({field.name: pa.array([], field.type) for field in schema}, schema=schema)

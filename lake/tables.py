@@ -12,7 +12,7 @@ from lance import LanceDataset, LanceOperation
 from lance.fragment import FragmentMetadata
 
 from lake.errors import CommitUnknownError, LakeDamagedError
-from lake.schema import FRAMES, STORAGE_VERSION, TABLES, empty_table
+from lake.schema import FRAMES, STORAGE_VERSION, TABLES
 from lake.storage import Storage, store_error
 
 T = TypeVar("T")
@@ -38,22 +38,29 @@ def open_table(storage: Storage, table: str, version: int | str | None = None) -
 
 
 def create_table(storage: Storage, table: str) -> None:
-    """Create an empty table; one that exists is left as it is."""
+    """Create an empty table; one that exists is left as it is.
+
+    Raises:
+        StoreError: the storage refused.
+    """
+    if _is_there(storage, table):
+        return
     schema = TABLES.get(table, FRAMES)
-    uri = storage.table_uri(table)
     try:
-        lance.write_dataset(
-            empty_table(schema),
-            uri,
-            schema=schema,
-            mode="create",
+        # Without retries this is a put-if-absent of the first version. With them, as in mode="create",
+        # one who comes second overwrites the table, and whatever was committed to it.
+        dataset = lance.LanceDataset.commit(
+            storage.table_uri(table),
+            LanceOperation.Overwrite(schema, []),
             storage_options=storage.lance_options(),
+            enable_v2_manifest_paths=True,
             enable_stable_row_ids=True,
-            data_storage_version=STORAGE_VERSION,
+            max_retries=0,
         )
-    except OSError as error:
-        if "already exists" not in str(error).lower():
-            raise store_error(uri, error) from error
+        assert dataset.data_storage_version == STORAGE_VERSION, dataset.data_storage_version
+    except (OSError, RuntimeError) as error:
+        if not _is_there(storage, table):
+            raise store_error(storage.table_uri(table), error) from error
 
 
 def take_rows(dataset: LanceDataset, ids: Sequence[int], columns: Sequence[str] | None) -> pa.Table:
@@ -61,7 +68,9 @@ def take_rows(dataset: LanceDataset, ids: Sequence[int], columns: Sequence[str] 
 
     Raises:
         LakeDamagedError: some are gone.
+        ValueError: an unknown column.
     """
+    check_columns(dataset, columns)
     if not ids:
         names = columns if columns is not None else dataset.schema.names
         return pa.schema([dataset.schema.field(name) for name in names]).empty_table()
@@ -69,6 +78,17 @@ def take_rows(dataset: LanceDataset, ids: Sequence[int], columns: Sequence[str] 
     if table.num_rows != len(ids):
         raise LakeDamagedError(f"{dataset.uri}: {len(ids) - table.num_rows} of {len(ids)} rows are gone")
     return table
+
+
+def check_columns(dataset: LanceDataset, columns: Sequence[str] | None) -> None:
+    """Refuse columns that a table has not; Lance would panic on some ways.
+
+    Raises:
+        ValueError: an unknown column.
+    """
+    unknown = set(columns or ()) - set(dataset.schema.names)
+    if unknown:
+        raise ValueError(f"unknown columns {sorted(unknown)}; there are {', '.join(dataset.schema.names)}")
 
 
 def append_fragments(
@@ -163,6 +183,14 @@ def uid_array(column: pa.ChunkedArray) -> npt.NDArray[np.bytes_]:
 def quoted(values: Iterable[str]) -> str:
     """Return values as the inside of an SQL ``IN (...)``."""
     return ", ".join("'" + value.replace("'", "''") + "'" for value in values)
+
+
+def _is_there(storage: Storage, table: str) -> bool:
+    try:
+        open_table(storage, table)
+    except LakeDamagedError:
+        return False
+    return True
 
 
 def _first_of_each_key(rows: pa.Table) -> pa.Table:

@@ -6,7 +6,7 @@ import multiprocessing
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
@@ -224,6 +224,7 @@ class Turns:
         self._mine = threading.local()
         self._may_go = {name: threading.Semaphore(0) for name in committers}
         self._stands = threading.Semaphore(0)
+        self._running = set(committers)
         self._pool = ThreadPoolExecutor(len(committers))
         monkeypatch.setattr(lake.commit, "failpoint", self._wait)
         self._results = {name: self._pool.submit(self._run, name, action) for name, action in committers.items()}
@@ -234,28 +235,26 @@ class Turns:
         try:
             return action()
         finally:
-            self._mine.name = None
+            self._running.discard(name)
             self._stands.release()
 
     def _wait(self, _: str) -> None:
-        if name := getattr(self._mine, "name", None):
-            self._stands.release()
-            self._may_go[name].acquire()
+        self._stands.release()
+        self._may_go[self._mine.name].acquire()
 
     def give(self, name: str) -> None:
         """Let a committer go on to its next failpoint, or to its end."""
-        if not self._results[name].done():
+        if name in self._running:
             self._may_go[name].release()
             self._stands.acquire()
 
-    def finish(self) -> dict[str, Any]:
-        for name, result in self._results.items():
-            while not result.done():
-                self._may_go[name].release()
-                self._stands.acquire()
-                time.sleep(0.001)
+    def finish(self) -> list[Any]:
+        """Let each run to its end; return what they returned."""
+        for name in self._results:
+            while name in self._running:
+                self.give(name)
         self._pool.shutdown()
-        return {name: result.result() for name, result in self._results.items()}
+        return [result.result() for result in self._results.values()]
 
 
 def race(lake: Lake, results: list[TaskResult], turns: list[bool]) -> list[Committed]:
@@ -263,7 +262,7 @@ def race(lake: Lake, results: list[TaskResult], turns: list[bool]) -> list[Commi
         both = Turns(monkeypatch, {"one": lambda: put(lake, results), "two": lambda: put(lake, results[::-1])})
         for turn in turns:
             both.give("one" if turn else "two")
-        return list(both.finish().values())
+        return both.finish()
 
 
 def check_race(lake: Lake, results: list[TaskResult], done: list[Committed]) -> None:
@@ -276,9 +275,14 @@ def check_race(lake: Lake, results: list[TaskResult], done: list[Committed]) -> 
 
 
 @pytest.mark.parametrize("pause", range(1, len(COMMIT_POINTS) + 1), ids=COMMIT_POINTS)
-def test_one_committer_overtakes_another(made: tuple[Lake, list[TaskResult]], pause: int) -> None:
-    lake, results = made
+def test_one_committer_overtakes_another(local: tuple[Lake, list[TaskResult]], pause: int) -> None:
+    lake, results = local
     check_race(lake, results, race(lake, results, [True] * pause + [False] * 8))
+
+
+def test_one_committer_overtakes_another_on_each_storage(made: tuple[Lake, list[TaskResult]]) -> None:
+    lake, results = made
+    check_race(lake, results, race(lake, results, [True, False, True, False, False, False, True]))
 
 
 @given(turns=st.lists(st.booleans(), min_size=4, max_size=14))
@@ -379,8 +383,8 @@ def test_fragments_are_found_after_compaction(made: tuple[Lake, list[TaskResult]
 
 
 @pytest.mark.parametrize("name", COMMIT_POINTS)
-def test_compaction_between_a_death_and_the_next_commit(made: tuple[Lake, list[TaskResult]], name: str) -> None:
-    lake, results = made
+def test_compaction_between_a_death_and_the_next_commit(local: tuple[Lake, list[TaskResult]], name: str) -> None:
+    lake, results = local
     with dying_at(name), pytest.raises(Death):
         put(lake, results)
     compact(lake)
@@ -617,9 +621,3 @@ def test_a_table_that_is_there_is_left_as_it_is(made: tuple[Lake, list[TaskResul
     for table in (*ROW_TABLES, "episodes"):
         create_table(lake.storage, table)
     check(lake, results)
-
-
-@pytest.fixture(autouse=True)
-def _no_failpoint_is_left(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.delenv("ROBOLAKE_FAILPOINT", raising=False)
-    yield

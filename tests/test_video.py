@@ -588,6 +588,44 @@ def test_an_endless_lead_in_is_refused(tmp_path, monkeypatch):
     assert read_clip(path).num_frames == 60
 
 
+def test_unwanted_frames_without_end_are_refused(tmp_path, monkeypatch):
+    path = make_video(tmp_path / "video.mp4", "mpeg4", num_frames=60, gop=60, options={"b": "40M"})
+    with av.open(str(path)) as source, av.open(str(tmp_path / "late.mp4"), "w") as output:
+        stream = output.add_stream_from_template(source.streams.video[0], opaque=True)
+        for number, packet in enumerate(source.demux(source.streams.video[0])):
+            if packet.size:
+                packet.stream = stream
+                packet.pts += (number >= 5) * int(2 / packet.time_base)
+                output.mux(packet)
+    assert read_clip(tmp_path / "late.mp4", end_s=1.0).num_frames == 5
+    sizes = [len(payload) for payload in packets(path)]
+    assert sum(sizes[5:29]) > 3 * sizes[0]
+    monkeypatch.setattr("ingest.video.MAX_HELD_BYTES", 3 * sizes[0])
+    assert reason_of(read_clip, tmp_path / "late.mp4", end_s=1.0) == "video-too-large"
+
+
+def test_a_fragmented_file_is_searched_from_its_start_without_holding_it(tmp_path, monkeypatch):
+    options = {"movflags": "frag_keyframe+empty_moov+default_base_moof"}
+    path = make_video(tmp_path / "video.mp4", "h264", num_frames=60, gop=10, b_frames=3, container_options=options)
+    monkeypatch.setattr("ingest.video.MAX_HELD_BYTES", 10_000)
+    for start, end in ((0, 13), (27, 45), (50, 60)):
+        clip = read_clip(path, start_s=start / FPS, end_s=end / FPS, dest=tmp_path / "c.mp4")
+        assert same(decode_clip(tmp_path / "c.mp4", clip=clip, longer_side=224), decode_all(path)[start:end])
+
+
+def test_a_gap_of_hours_between_fragments_is_undecodable(tmp_path):
+    options = {"movflags": "frag_keyframe+empty_moov+default_base_moof"}
+    whole = bytearray(make_video(tmp_path / "video.mp4", "mpeg4", gop=10, container_options=options).read_bytes())
+    begin = whole.index(b"tfdt", whole.index(b"tfdt") + 4) + 8
+    whole[begin : begin + 8] = (1 << 40).to_bytes(8, "big")
+    assert reason_of(read_clip, io.BytesIO(whole), dest=tmp_path / "c.mp4") == "video-undecodable"
+
+
+def test_a_stream_that_is_not_described_is_undecodable(tmp_path):
+    whole = make_video(tmp_path / "video.mp4", "mpeg4").read_bytes()
+    assert reason_of(read_clip, io.BytesIO(whole.replace(b"esds", b"free"))) == "video-undecodable"
+
+
 def test_a_stretch_behind_the_end_is_truncated(tmp_path):
     path = make_video(tmp_path / "video.mp4", "h264")
     assert reason_of(read_clip, path, start_s=2.0, end_s=3.0, dest=tmp_path / "c.mp4") == "video-truncated"
