@@ -5,8 +5,9 @@ image, go through one swscale call with the same flags: area averaging, because 
 accurate, bit-exact arithmetic, so that every processor gives the same bytes.
 
 From a video frame this is what PyAV's own ``reformat`` with area interpolation gives, to the bit. Its shortcut from
-4:2:0 to RGB is one to two and a half grey levels of 255 darker than exact arithmetic; swscale's full chroma interpolation is exact
-and costs half as much time again. The fast way was taken, since it is also what other readers of the same videos see.
+4:2:0 to RGB is one to two and a half grey levels of 255 darker than exact arithmetic; swscale's full chroma
+interpolation is exact and costs half as much time again. The fast way was taken, since it is also what other readers
+of the same videos see.
 """
 
 from typing import TYPE_CHECKING

@@ -81,7 +81,7 @@ def take_rows(dataset: LanceDataset, ids: Sequence[int], columns: Sequence[str] 
 
 
 def check_columns(dataset: LanceDataset, columns: Sequence[str] | None) -> None:
-    """Refuse columns that a table has not; Lance would panic on some ways.
+    """Refuse columns that a table has not; Lance panics at some.
 
     Raises:
         ValueError: an unknown column.

@@ -1,5 +1,7 @@
 """LeRobot itself, in an environment of its own, reads what ingest/lerobot_writer.py writes."""
 
+import json
+import subprocess
 from pathlib import Path
 
 import av
@@ -7,7 +9,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from g1 import GOOD, good_v21
-from support import read_with_lerobot
+from support import ROOT, read_with_lerobot
 
 from ingest.lerobot_files import FileLimits
 from ingest.lerobot_writer import Column, DatasetSpec, LeRobotWriter, ViewFile
