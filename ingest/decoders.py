@@ -5,7 +5,7 @@ order in which they are shown, each uint8 [H, W, 3] with its longer side at most
 thread, because ingestion runs one process per core, and they raise EpisodeError where a video is at fault.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import ExitStack, contextmanager
 from heapq import heappop, heappush
 from importlib import import_module
@@ -103,7 +103,7 @@ def read_packets(container: "InputContainer", stream: "VideoStream", name: str) 
 
 def decode_pyav(
     source: Source, *, size: tuple[int, int], first: int, count: int, longer_side: int
-) -> Iterator[np.ndarray]:
+) -> Generator[np.ndarray, None, None]:
     """Decode with PyAV, converting and shrinking each frame in one pass.
 
     A decoder may swallow a damaged frame without a word, and every later frame would then be taken for its neighbour:
@@ -146,7 +146,7 @@ def decode_pyav(
 
 def decode_torchcodec(
     source: Source, *, size: tuple[int, int], first: int, count: int, longer_side: int
-) -> Iterator[np.ndarray]:
+) -> Generator[np.ndarray, None, None]:
     """Decode with torchcodec, then shrink the RGB image.
 
     Raises:
@@ -176,7 +176,7 @@ def decode_torchcodec(
 
 def decode_decord(
     source: Source, *, size: tuple[int, int], first: int, count: int, longer_side: int
-) -> Iterator[np.ndarray]:
+) -> Generator[np.ndarray, None, None]:
     """Decode with decord, then shrink the RGB image.
 
     Raises:
@@ -202,7 +202,7 @@ def decode_decord(
         yield resize_rgb(rgb, longer_side)
 
 
-DECODERS: dict[str, Callable[..., Iterator[np.ndarray]]] = {
+DECODERS: dict[str, Callable[..., Generator[np.ndarray, None, None]]] = {
     "pyav": decode_pyav,
     "torchcodec": decode_torchcodec,
     "decord": decode_decord,

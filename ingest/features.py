@@ -122,9 +122,9 @@ def _is_video(key: str, spec: Mapping[str, Any], uri: str, ignored: set[str]) ->
         raise SourceMetadataError(
             f"{uri}: feature {key} holds single images, which are not read yet; leave it out with --map ignore={key}"
         )
-    info = spec.get("info") or spec.get("video_info")
-    is_depth_map = isinstance(info, Mapping) and info.get("video.is_depth_map", False)
-    return spec.get("dtype") == "video" and not is_depth_map
+    info: Any = spec.get("info") or spec.get("video_info")
+    is_depth = isinstance(info, Mapping) and bool(cast("Mapping[str, Any]", info).get("video.is_depth_map"))
+    return spec.get("dtype") == "video" and not is_depth
 
 
 def _view_name(key: str, videos: Sequence[str]) -> str:

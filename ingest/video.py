@@ -1,7 +1,7 @@
 """Copy one episode's packets out of a video file, without re-encoding."""
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
@@ -108,7 +108,9 @@ def read_clip(
         return Clip(codec, width, height, num_lead, num_frames, num_bytes, digest.hexdigest())
 
 
-def decode_clip(path: Source, *, clip: Clip, longer_side: int, backend: str | None = None) -> Iterator[np.ndarray]:
+def decode_clip(
+    path: Source, *, clip: Clip, longer_side: int, backend: str | None = None
+) -> Generator[np.ndarray, None, None]:
     """Decode the episode's frames from the mp4 that ``read_clip`` wrote, in the order in which they are shown.
 
     Args:

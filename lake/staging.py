@@ -10,7 +10,9 @@ import io
 import json
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from typing import Any
 
 import pyarrow as pa
@@ -21,6 +23,8 @@ from lake.tables import data_path
 
 MAX_AGE_S = 5 * 24 * 3600.0
 """Results older than this are decoded anew: Lance may sweep files it does not know after 7 days."""
+
+_READERS = 16
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -139,13 +143,12 @@ def open_results(storage: Storage, source: str) -> Iterator[TaskResult]:
     by_attempt: dict[str, list[str]] = {}
     for path, _ in storage.files(f"_staging/{source_key(source)}"):
         by_attempt.setdefault(path.split("/")[-2], []).append(path)
-    for paths in by_attempt.values():
-        if any(path.endswith("/closed") for path in paths):
-            continue
-        for path in sorted(path for path in paths if path.endswith(".json")):
-            result = _read_usable(storage, path)
-            if result is not None:
-                yield result
+    with ThreadPoolExecutor(_READERS) as pool:
+        for paths in by_attempt.values():
+            if any(path.endswith("/closed") for path in paths):
+                continue
+            results = sorted(path for path in paths if path.endswith(".json"))
+            yield from filter(None, pool.map(partial(_read_usable, storage), results))
 
 
 def open_attempts(storage: Storage, source: str) -> set[str]:

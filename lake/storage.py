@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -128,13 +129,7 @@ class Storage:
     def _store(self, *, mkdir: bool = False) -> Any:
         if self.is_local:
             return LocalStore(self.uri, mkdir=mkdir)
-        endpoint = _endpoint() or ""
-        return from_url(
-            self.uri,
-            client_options={"allow_http": endpoint.startswith("http://"), "timeout": timedelta(seconds=60)},
-            retry_config={"max_retries": 5, "retry_timeout": timedelta(seconds=60)},
-            region=_region(),
-        )
+        return _client(self.uri, tuple(sorted(item for item in os.environ.items() if item[0].startswith("AWS_"))))
 
 
 def open_storage(uri: str) -> Storage:
@@ -154,6 +149,18 @@ def open_storage(uri: str) -> Storage:
     if not path:
         raise ValueError("the lake's URI is empty")
     return Storage(str(Path(path).expanduser().resolve()))
+
+
+@lru_cache(maxsize=16)
+def _client(uri: str, _environment: tuple[tuple[str, str], ...]) -> Any:
+    """Return an S3 client, one for each environment: it keeps its connections, and a new one costs a handshake."""
+    endpoint = _endpoint() or ""
+    return from_url(
+        uri,
+        client_options={"allow_http": endpoint.startswith("http://"), "timeout": timedelta(seconds=60)},
+        retry_config={"max_retries": 5, "retry_timeout": timedelta(seconds=60)},
+        region=_region(),
+    )
 
 
 def _endpoint() -> str | None:
