@@ -36,9 +36,14 @@ def derive(lake: Lake, resolution: int, say: Callable[[int, int], None]) -> Rele
     Args:
         resolution: longer side in pixels; smaller videos are not enlarged.
         say: called with (episodes done, episodes in all).
+
+    Raises:
+        ValueError: the lake has no episode.
     """
     storage, table = lake.storage, frames_table(resolution)
     episodes = open_table(storage, "episodes").to_table(columns=["episode_uid", "views", "num_frames", *_RANGES])
+    if not episodes.num_rows:
+        raise ValueError(f"the lake at {lake.uri} has no episode yet; ingest something")
     done = set(_derived_uids(storage, resolution))
     todo = episodes.filter(
         pa.array([uid not in done for uid in episodes.column("episode_uid").to_pylist()], pa.bool_())

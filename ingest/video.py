@@ -246,8 +246,6 @@ def _lead_in(
 
 def _may_be_late(begin: _Timed, stream: "VideoStream", window: _Window) -> bool:
     """Whether a wanted frame may come before the keyframe that a seek led to."""
-    if not window.shows(begin):
-        return False
     index = stream.index_entries
     at = index.search_timestamp(begin.dts, any_frame=True)
     return at > 0 and begin.pts - (begin.dts - index[at - 1].timestamp) >= window.low

@@ -128,12 +128,13 @@ class Release:
             return batch.filter(pa.array(rows)).drop_columns(["_rowid"])
 
         options: dict[str, Any] = {"with_row_id": True, "batch_size": _BATCH_ROWS}
+        if where is not None:
+            options["filter"] = where
         source = ray.data.read_lance(
             self.storage.table_uri(table),
             version=self.versions[table],
             # Without names Ray keeps the table's own columns only, so no row ids.
             columns=list(columns) if columns is not None else dataset.schema.names,
-            filter=where,
             storage_options=self.storage.lance_options(),
             scanner_options=options,
         )

@@ -72,7 +72,7 @@ def make_sources(root: Path) -> Path:
     return root
 
 
-def make_unreleased(root: Path, sources: Path) -> Lake:
+def make_unreleased(root: object, sources: Path) -> Lake:
     """Make a lake with both sources and orphans around them, of which nothing is released."""
     lake = Lake.create(str(root))
     add_orphans(lake, 5)
