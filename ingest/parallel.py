@@ -1,12 +1,20 @@
 """Running a function over blocks of rows on Ray Data, with our own errors coming back as raised."""
 
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import pyarrow as pa
 import ray
 import ray.data
-from ray.exceptions import RayTaskError
+from ray.exceptions import NodeDiedError, OutOfMemoryError, RayTaskError, WorkerCrashedError
+
+from lake.errors import WorkerDiedError
+
+MAX_DEATHS = 5
+"""How often a task may lose its worker or its node; Ray Data by itself tries without end."""
+
+_RAYS_WORDS = "Failed to apply UDF transform after "
 
 
 def rows_of(blocks: list[pa.Table], function: Callable[[pa.Table], pa.Table], name: str) -> Iterator[dict[str, Any]]:
@@ -16,13 +24,19 @@ def rows_of(blocks: list[pa.Table], function: Callable[[pa.Table], pa.Table], na
         name: what the stage is called in Ray's dashboard.
 
     Raises:
+        WorkerDiedError: the workers of one task died again and again.
         Exception: what the function raised, out of Ray's wraps.
     """
     if not blocks:
         return
-    ray.data.DataContext.get_current().enable_progress_bars = False
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars, context.raise_original_map_exception = False, True
     function.__name__ = function.__qualname__ = name
-    dataset = ray.data.from_arrow(blocks).map_batches(function, batch_size=None, batch_format="pyarrow", num_cpus=1)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="`ray_remote_args` is deprecated")  # No other way yet to say this.
+        dataset = ray.data.from_arrow(blocks).map_batches(
+            function, batch_size=None, batch_format="pyarrow", num_cpus=1, max_retries=MAX_DEATHS - 1
+        )
     dataset.set_name(name)
     try:
         for block in dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
@@ -30,6 +44,11 @@ def rows_of(blocks: list[pa.Table], function: Callable[[pa.Table], pa.Table], na
             yield from block.to_pylist()
     except RayTaskError as error:
         raise _cause(error) from None
+    except (WorkerCrashedError, NodeDiedError, OutOfMemoryError) as error:
+        raise WorkerDiedError(
+            f"{name}: the worker of one task died {MAX_DEATHS} times. See in Ray's logs what kills it: too little "
+            f"memory, or a file that crashes its decoder ({str(error).strip().splitlines()[0][:300]})"
+        ) from error
 
 
 def blocks_of(rows: pa.Table, most: int) -> list[pa.Table]:
@@ -40,6 +59,9 @@ def blocks_of(rows: pa.Table, most: int) -> list[pa.Table]:
 
 
 def _cause(error: BaseException) -> BaseException:
+    """Return what the function raised, without what Ray adds to its message."""
     while isinstance(error, RayTaskError) and isinstance(error.cause, BaseException):
         error = error.cause
+    said = [arg.partition(_RAYS_WORDS)[0].rstrip("\n") if isinstance(arg, str) else arg for arg in error.args]
+    error.args = tuple(one for one, arg in zip(said, error.args, strict=True) if one or one == arg)
     return error

@@ -262,8 +262,6 @@ def _from_keyframe(timed_packets: Iterator[_Timed], window: _Window, name: str) 
     """
     lead, num_bytes, num_until_wanted, shown = [], 0, 0, _FOREVER
     for timed in timed_packets:
-        if not num_until_wanted and timed.packet.is_keyframe and timed.pts < window.low:
-            lead, num_bytes = [], 0
         lead.append(timed)
         num_bytes += timed.packet.size
         _check_held(num_bytes, name)

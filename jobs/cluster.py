@@ -17,6 +17,9 @@ def connect(*, num_cpus: int | None = None, dashboard: bool = False) -> None:
     if ray.is_initialized():
         return
     logging.getLogger("ray.data").setLevel(logging.WARNING)
+    for name in ("exceptions", "_internal.execution.streaming_executor_state"):
+        # They print the traceback of an error that is raised all the same.
+        logging.getLogger(f"ray.data.{name}").setLevel(logging.CRITICAL)
     logging.getLogger("ray.data").addFilter(lambda record: "Progress bars disabled" not in record.getMessage())
     os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
     if os.environ.get("RAY_ADDRESS"):

@@ -14,6 +14,7 @@ RobolakeError
 |   `-- StoreUnsafeError       it ignores conditional puts
 |-- CommitError                a commit that cannot go on
 |   `-- CommitUnknownError     whether it happened could not be found out
+|-- WorkerDiedError            a task's workers died again and again
 `-- SourceError                a source as a whole cannot be ingested
     |-- SourceNotFoundError    nothing there, or the store does not answer
     |-- SourceMetadataError    metadata missing, empty or invalid
@@ -79,6 +80,10 @@ class CommitError(RobolakeError):
 
 class CommitUnknownError(CommitError):
     """Whether a commit happened could not be found out."""
+
+
+class WorkerDiedError(RobolakeError):
+    """The workers of one task died again and again."""
 
 
 class SourceError(RobolakeError):

@@ -49,6 +49,8 @@ def rgb_of_frame(frame: "VideoFrame", longer_side: int, reformatter: "VideoRefor
     from av.video.reformatter import Interpolation, VideoReformatter
 
     flags = Interpolation.AREA | Interpolation.ACCURATE_RND | Interpolation.BITEXACT
+    if frame.format.is_rgb:  # Here swscale's exact chroma is the faster way, too.
+        flags |= Interpolation.FULL_CHR_H_INT | Interpolation.FULL_CHR_H_INP
     width, height = fitted_size(frame.width, frame.height, longer_side)
     scaler = VideoReformatter() if reformatter is None else reformatter
     small = scaler.reformat(frame, width, height, "rgb24", interpolation=flags, threads=1)

@@ -452,3 +452,12 @@ def test_times_keep_the_precision_of_their_source(tmp_path: Path) -> None:
     release = Lake(ingest(source, tmp_path / "lake")["lake"]).release()
     uid = release.episodes(columns=["episode_uid"]).column(0)[0].as_py()
     assert release.frames(episodes=[uid], columns=["timestamp_s"]).column(0).to_pylist() == times
+
+
+@pytest.mark.usefixtures("ray")
+def test_a_back_end_that_cannot_decode_a_codec_is_named(tmp_path: Path) -> None:
+    source = make_v21(tmp_path / "toy", EPISODES)
+    every_video("mpeg4")(source)
+    with pytest.raises(ValueError, match=r"^decord cannot be trusted with mpeg4; take pyav or torchcodec$"):
+        ingest(source, tmp_path / "lake", backend="decord")
+    assert Lake(str(tmp_path / "lake")).releases() == []

@@ -48,7 +48,7 @@ def digest_of(parts: list[pa.RecordBatch]) -> str:
 
 def as_key(frames: list[Row]) -> str:
     """Return the frames as a text in which -0.0 is not 0.0."""
-    return repr(frames)
+    return repr([sorted(frame.items()) for frame in frames])
 
 
 @given(rows, st.lists(st.integers(0, 8), max_size=4), st.lists(st.integers(0, 8), max_size=4))

@@ -56,21 +56,3 @@ def test_a_bad_episode_survives_pickling_with_its_reason(reason: str) -> None:
     error = pickle.loads(pickle.dumps(errors.EpisodeError(reason, "file.mp4 is bad")))
     assert type(error) is errors.EpisodeError
     assert (error.reason, error.message, str(error)) == (reason, "file.mp4 is bad", f"{reason}: file.mp4 is bad")
-
-
-@pytest.mark.usefixtures("ray")
-@pytest.mark.parametrize(
-    "error", [errors.StoreFullError("no space left"), errors.EpisodeError("video-empty", "x.mp4 has no bytes")]
-)
-def test_an_error_comes_back_from_a_cluster_as_it_was_raised(error: Exception) -> None:
-    import pyarrow as pa
-
-    from ingest.parallel import rows_of
-
-    def fail(block: pa.Table) -> pa.Table:
-        raise error
-
-    with pytest.raises(type(error)) as caught:
-        list(rows_of([pa.table({"x": [1]})], fail, "Fail"))
-    assert type(caught.value) is type(error)
-    assert caught.value.args == error.args

@@ -29,7 +29,7 @@ def test_a_map_is_read_by_target() -> None:
 
 @pytest.mark.parametrize("entry", ["", "state", "state=", "=a", "states=a", "view=a", "view.=a", "view.x=", "reward=a"])
 def test_an_entry_of_another_form_is_named_with_the_forms_there_are(entry: str) -> None:
-    with pytest.raises(ValueError, match="write state=F, action=F, view.NAME=F or ignore=F") as caught:
+    with pytest.raises(ValueError, match=r"write state=F, action=F, view\.NAME=F or ignore=F") as caught:
         parse_map([entry])
     assert repr(entry) in str(caught.value)
 
@@ -114,7 +114,7 @@ def test_a_map_names_views_and_two_of_one_name_are_refused() -> None:
 
 def test_what_is_ignored_is_neither_view_nor_refused() -> None:
     features = {"action": NUMBERS, "observation.images.a": VIDEO, "still": {"dtype": "image"}}
-    with pytest.raises(SourceMetadataError, match="feature still holds single images, .*--map ignore=still"):
+    with pytest.raises(SourceMetadataError, match=r"feature still holds single images, .*--map ignore=still"):
         chosen(features)
     ignoring = chosen(features, "ignore=still+observation.images.a")
     assert (ignoring.views, ignoring.unmapped) == ((), ("observation.images.a", "still"))

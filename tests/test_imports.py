@@ -9,7 +9,7 @@ from support import ROOT
 
 import lake
 
-HEAVY = ("ray", "torch", "tyro", "av", "torchcodec", "decord", "s3fs", "fsspec", "pandas", "transformers")
+HEAVY = ("ray", "torch", "tyro", "av", "torchcodec", "decord", "s3fs", "fsspec", "transformers")
 
 
 def python(code: str) -> dict:

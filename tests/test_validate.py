@@ -2,6 +2,7 @@
 
 import re
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -76,7 +77,7 @@ def test_what_is_not_finite_is_found_and_its_frame_named(column: str, frame: int
 @given(st.lists(st.floats(0, 1e6), min_size=2, max_size=8))
 def test_time_must_grow_at_every_step(times: list[float]) -> None:
     some = replace(episode(len(times)), timestamp_s=np.array(times))
-    steps = [later > earlier for earlier, later in zip(times[:-1], times[1:], strict=True)]
+    steps = [later > earlier for earlier, later in pairwise(times)]
     if all(steps):
         check_columns(some)
     else:
