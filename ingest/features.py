@@ -45,6 +45,8 @@ def parse_map(entries: Sequence[str]) -> dict[str, str]:
             )
         if target in parsed:
             raise ValueError(f"--map names {target} twice; join features with '+'")
+        if target.startswith("view.") and feature in (parsed[other] for other in parsed if other.startswith("view.")):
+            raise ValueError(f"--map gives {feature} two names of a view")
         parsed[target] = feature
     return parsed
 

@@ -140,9 +140,10 @@ class SourceFiles:
 
         Raises:
             EpisodeError: KIND-missing, KIND-empty or lfs-pointer.
+            SourceNotFoundError: the store does not answer.
         """
         try:
-            with self.open(relative) as file:
+            with self._errors(), self.open(relative) as file:
                 head = file.read(len(LFS_MARK))
         except (FileNotFoundError, IsADirectoryError, NotADirectoryError) as error:
             raise EpisodeError(f"{kind}-missing", f"{relative} is not there") from error

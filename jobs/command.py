@@ -27,7 +27,7 @@ def main_of(config: type[C], run: Callable[[C], dict[str, Any]]) -> Callable[[],
         parsed = tyro.cli(config, args=expand(sys.argv[1:]), prog=f"python -m {_module(config)}")
         try:
             result = run(parsed)
-        except (RobolakeError, ValueError) as error:
+        except (RobolakeError, ValueError, OSError) as error:
             print(f"{type(error).__name__}: {error}", file=sys.stderr)
             sys.exit(1)
         sys.stderr.flush()
@@ -47,7 +47,7 @@ def expand(arguments: Sequence[str]) -> list[str]:
         if argument.endswith(".toml") and not argument.startswith("-"):
             try:
                 flags += _flags(tomllib.loads(Path(argument).read_text(encoding="utf-8")))
-            except (OSError, tomllib.TOMLDecodeError) as error:
+            except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
                 sys.exit(f"{argument}: {error}")
         else:
             flags.append(argument)
@@ -66,7 +66,7 @@ def _flags(table: dict[str, Any], prefix: str = "") -> list[str]:
         elif isinstance(value, list):
             flags += [f"--{name}", *(str(item) for item in value)]
         else:
-            flags += [f"--{name}", str(value)]
+            flags.append(f"--{name}={value}")
     return flags
 
 
