@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -38,15 +39,13 @@ def main(change: str, source: str, lake: str) -> None:
         wait_for(job, lambda: len(staged(lake)) >= 4)
         before = len(staged(lake))
         if change == "kill":
-            wait_for(job, lambda: any(works(node) for node in nodes))
-            at_work = [node for node in nodes if works(node)]
+            at_work = wait_for(job, lambda: [node for node in nodes if works(node)])
             cluster.remove_node(at_work[0], allow_graceful=False)
         else:
             node = cluster.add_node(num_cpus=1)
-            wait_for(job, lambda: works(node))
-            at_work = [node] if works(node) else []
+            at_work = wait_for(job, lambda: works(node))
         out, err = job.communicate(timeout=TIMEOUT_S)
-        seen = {"code": job.returncode, "out": out, "err": err, "worked": len(at_work) > 0, "staged_before": before}
+        seen = {"code": job.returncode, "out": out, "err": err, "worked": bool(at_work), "staged_before": before}
         print(json.dumps(seen))
     finally:
         cluster.shutdown()
@@ -68,12 +67,13 @@ def works(node: Any) -> bool:
     return False
 
 
-def wait_for(job: subprocess.Popen[str], condition: Any) -> None:
-    """Wait until something holds, or the job has ended."""
+def wait_for(job: subprocess.Popen[str], condition: Callable[[], Any]) -> Any:
+    """Wait until a condition is true, or the job has ended; return what it was last."""
     deadline = time.monotonic() + TIMEOUT_S
-    while not condition() and job.poll() is None:
+    while not (found := condition()) and job.poll() is None:
         assert time.monotonic() < deadline
         time.sleep(0.02)
+    return found
 
 
 if __name__ == "__main__":
