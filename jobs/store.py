@@ -304,7 +304,8 @@ def run(config: Config) -> dict[str, Any]:
     Raises:
         StoreUnreachableError: the server did not start, or ended by itself.
     """
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    for number in (signal.SIGINT, signal.SIGTERM):  # A shell ignores SIGINT for what it starts in the background.
+        signal.signal(number, signal.default_int_handler)
     began = time.monotonic()
     with local_store(config.dir, bucket=config.bucket) as store:
         assert store.pid is not None
