@@ -58,6 +58,27 @@ def blocks_of(rows: pa.Table, most: int) -> list[pa.Table]:
     return [rows.slice(start, size) for start in range(0, rows.num_rows, size)]
 
 
+def groups_of(count: int, most: int) -> list[tuple[int, int]]:
+    """Return runs (first, end) of ``count`` pieces of work, long ones first and single ones at the end.
+
+    Ray Data looks for finished tasks ten times a second, so a CPU idles for a sixth of a second after each: few
+    long tasks lose little to that, and short ones at the end keep all CPUs at work until then.
+
+    Source: guided self-scheduling (Polychronopoulos and Kuck, 1987).
+
+    Args:
+        most: pieces in one run.
+    """
+    cpus = int(ray.cluster_resources().get("CPU", 1))
+    runs: list[tuple[int, int]] = []
+    first = 0
+    while first < count:
+        end = first + max(1, min(most, (count - first) // (3 * cpus)))
+        runs.append((first, end))
+        first = end
+    return runs
+
+
 def _cause(error: BaseException) -> BaseException:
     """Return what the function raised, without what Ray adds to its message."""
     while isinstance(error, RayTaskError) and isinstance(error.cause, BaseException):

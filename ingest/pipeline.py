@@ -9,7 +9,7 @@ from typing import Any
 import pyarrow as pa
 
 from ingest.formats import format_of
-from ingest.parallel import blocks_of, rows_of
+from ingest.parallel import blocks_of, groups_of, rows_of
 from ingest.plan import (
     REF_SCHEMA,
     Discovered,
@@ -23,6 +23,7 @@ from ingest.plan import (
     new_refs,
     planned_episodes,
     refs_of,
+    tasks_of,
 )
 from ingest.source import EpisodeRef, Source
 from ingest.task import Profile, digest_episode, write_task
@@ -49,6 +50,8 @@ WAVE_EPISODES = 16_384
 """Episodes that are planned together; a larger source takes several waves."""
 BLOCK_EPISODES = 64
 """Episodes that one task digests or checks."""
+GROUP_FRAMES = 8192
+"""One Ray task executes about so many frames' worth of tasks in a row, at most."""
 COMMIT_TASKS, COMMIT_SECONDS = 32, 20.0
 """A commit follows after so many tasks, or so many seconds with at least one."""
 
@@ -212,14 +215,15 @@ class _Run:
         failpoint("plan.after_put")
 
         def decode(block: pa.Table) -> pa.Table:
-            task = block.column("task")[0].as_py()
-            result = write_task(storage, source, profile, attempt_id, task, planned_episodes(block))
-            return pa.table({"result": [result.to_json()]})
+            results = [
+                write_task(storage, source, profile, attempt_id, task, planned_episodes(rows))
+                for task, rows in tasks_of(block)
+            ]
+            return pa.table({"result": [result.to_json() for result in results]})
 
-        tasks = plan.column("task").to_pylist()
-        starts = [i for i in range(len(tasks)) if i == 0 or tasks[i] != tasks[i - 1]]
-        ends = [*starts[1:], len(tasks)]
-        blocks = [plan.slice(first, end - first) for first, end in zip(starts, ends, strict=True)]
+        tasks = [rows for _, rows in tasks_of(plan)]
+        most = max(1, GROUP_FRAMES * len(tasks) // max(1, sum(plan.column("num_frames").to_pylist())))
+        blocks = [pa.concat_tables(tasks[first:end]) for first, end in groups_of(len(tasks), most)]
         waiting: list[TaskResult] = []
         since = time.monotonic()
         for row in rows_of(blocks, decode, "DecodeEpisodes"):

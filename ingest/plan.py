@@ -233,6 +233,14 @@ def make_plan(episodes: list[PlannedEpisode]) -> pa.Table:
     return pa.Table.from_pylist(rows, PLAN_SCHEMA)
 
 
+def tasks_of(plan: pa.Table) -> Iterator[tuple[int, pa.Table]]:
+    """Yield (number, rows) of each task of a plan, or of a part of one."""
+    tasks = plan.column("task").to_pylist()
+    starts = [at for at in range(len(tasks)) if at == 0 or tasks[at] != tasks[at - 1]]
+    for first, end in zip(starts, [*starts[1:], len(tasks)], strict=True):
+        yield tasks[first], plan.slice(first, end - first)
+
+
 def attempt_of(plan: pa.Table, profile: Profile, source_uri: str) -> str:
     """Return the name of a plan: the hash of what is to be done, the same for whoever plans it."""
     head = [profile.source_name, profile.resolution, profile.backend, list(profile.accept), source_uri]

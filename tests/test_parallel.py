@@ -5,7 +5,7 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
-from ingest.parallel import blocks_of, rows_of
+from ingest.parallel import blocks_of, groups_of, rows_of
 from lake.errors import EpisodeError, StoreFullError
 
 pytestmark = pytest.mark.usefixtures("ray")
@@ -29,6 +29,16 @@ def test_blocks_hold_all_rows_in_order_and_every_cpu_gets_several() -> None:
     assert max(block.num_rows for block in blocks_of(table, 3)) == 3
     assert blocks_of(table.slice(0, 0), 3) == []
     assert [block.num_rows for block in blocks_of(table.slice(0, 2), 64)] == [1, 1]
+
+
+@pytest.mark.parametrize(("count", "most"), [(0, 4), (1, 4), (7, 1), (64, 5), (1000, 1000)])
+def test_groups_hold_every_piece_once_and_shrink_to_one(count: int, most: int) -> None:
+    groups = groups_of(count, most)
+    assert [at for first, end in groups for at in range(first, end)] == list(range(count))
+    sizes = [end - first for first, end in groups]
+    assert sizes == sorted(sizes, reverse=True)
+    assert max(sizes, default=0) <= most
+    assert sizes[-4:] == [1] * min(4, count), "every CPU has a short one at the end"
 
 
 @pytest.mark.parametrize(

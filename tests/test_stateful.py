@@ -101,6 +101,10 @@ def blocks_here(rows: pa.Table, _: int) -> list[pa.Table]:
     return [rows.slice(start, 2) for start in range(0, rows.num_rows, 2)]
 
 
+def groups_here(count: int, _: int) -> list[tuple[int, int]]:
+    return [(first, min(count, first + 2)) for first in range(0, count, 2)]
+
+
 class LakeMachine(RuleBasedStateMachine):
     """Whatever happens, a lake holds every content as often as the source ever showed it at once."""
 
@@ -109,6 +113,7 @@ class LakeMachine(RuleBasedStateMachine):
         self.patch = pytest.MonkeyPatch()
         self.patch.setattr(ingest.pipeline, "rows_of", rows_here)
         self.patch.setattr(ingest.pipeline, "blocks_of", blocks_here)
+        self.patch.setattr(ingest.pipeline, "groups_of", groups_here)
         # Several waves, tasks and commits, though there are only a few episodes.
         self.patch.setattr(ingest.pipeline, "WAVE_EPISODES", 5)
         self.patch.setattr(ingest.plan, "MIN_TASK_FRAMES", 18)
