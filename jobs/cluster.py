@@ -7,6 +7,10 @@ import warnings
 import ray
 
 
+_WORKERS = {"MALLOC_ARENA_MAX": "1", "ARROW_DEFAULT_MEMORY_POOL": "system"}
+"""One arena for all threads of a worker: with one each, freed memory piles up in all of them, task after task."""
+
+
 def connect(*, num_cpus: int | None = None, dashboard: bool = False) -> None:
     """Connect to the cluster of RAY_ADDRESS, or start one on this machine.
 
@@ -25,6 +29,8 @@ def connect(*, num_cpus: int | None = None, dashboard: bool = False) -> None:
     if os.environ.get("RAY_ADDRESS"):
         ray.init()
         return
+    for name, value in _WORKERS.items():
+        os.environ.setdefault(name, value)
     with warnings.catch_warnings():
         # Ray forks to start its own processes, which use no Lance.
         warnings.filterwarnings("ignore", message="lance is not fork-safe")
