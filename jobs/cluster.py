@@ -6,7 +6,6 @@ import warnings
 
 import ray
 
-
 _WORKERS = {"MALLOC_ARENA_MAX": "1", "ARROW_DEFAULT_MEMORY_POOL": "system"}
 """One arena for all threads of a worker: with one each, freed memory piles up in all of them, task after task."""
 
