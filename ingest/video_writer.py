@@ -3,13 +3,16 @@
 import os
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from fractions import Fraction
 from os import PathLike
+from pathlib import Path
 from typing import Literal
 
 import av
 import numpy as np
+from av.container import OutputContainer
 
 # Speed before size: a recorder encodes while the robot or the simulator waits. AV1 has LeRobot's settings.
 ENCODERS = {
@@ -17,6 +20,26 @@ ENCODERS = {
     "av1": ("libsvtav1", {"crf": "30", "preset": "8", "svtav1-params": "lp=1"}),
 }
 TICKS_PER_FRAME = 512
+
+
+def start_encoding(container: OutputContainer) -> None:
+    """Open the encoders of a container whose streams are set up, and keep the scheduling of this process as it was.
+
+    Opened by root, SVT-AV1 asks for real-time priority for the calling thread and its own. Whatever the process starts
+    later (threads, Ray's servers) would inherit it, and one that spins then starves the whole machine.
+    """
+    threads = Path("/proc/self/task")
+    if not threads.exists():  # Not Linux: there it asks for nothing.
+        container.start_encoding()
+        return
+    policy, param = os.sched_getscheduler(0), os.sched_getparam(0)
+    try:
+        container.start_encoding()
+    finally:
+        for thread in threads.iterdir():
+            with suppress(ProcessLookupError):  # It ended meanwhile.
+                if os.sched_getscheduler(int(thread.name)) == os.SCHED_FIFO != policy:
+                    os.sched_setscheduler(int(thread.name), policy, param)
 
 
 def encode_video(
@@ -57,6 +80,7 @@ def encode_video(
                 stream.height, stream.width = frame.shape[:2]
                 if stream.height % 2 or stream.width % 2:
                     raise ValueError(f"frames of {stream.width} x {stream.height}: yuv420p needs even sides")
+                start_encoding(container)
             picture = av.VideoFrame.from_ndarray(frame, format="rgb24")
             picture.pts, picture.time_base = num_frames, 1 / rate
             container.mux(stream.encode(picture))

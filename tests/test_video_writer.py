@@ -1,5 +1,7 @@
 """Tests of ingest/video_writer.py."""
 
+import os
+from collections.abc import Iterator
 from fractions import Fraction
 from itertools import pairwise
 from pathlib import Path
@@ -8,7 +10,7 @@ import av
 import numpy as np
 import pytest
 
-from ingest.video_writer import VideoJoiner, encode_video, sample_frames, scan_video
+from ingest.video_writer import VideoJoiner, encode_video, sample_frames, scan_video, start_encoding
 
 
 def moving_picture(num_frames: int, *, size: tuple[int, int] = (64, 96), phase: int = 0) -> list[np.ndarray]:
@@ -50,6 +52,28 @@ def remux(source: Path, dest: Path, *, skip: int = 0, shift: int = 0) -> None:
             packet.pts -= shift * packet.duration
             packet.dts -= shift * packet.duration
             new.mux(packet)
+
+
+def policies() -> set[int]:
+    return {os.sched_getscheduler(int(thread.name)) for thread in Path("/proc/self/task").iterdir()}
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setscheduler") or os.geteuid() != 0, reason="only root gets that priority")
+def test_encoding_av1_gives_no_thread_real_time_priority(tmp_path: Path) -> None:
+    seen = []
+
+    def frames() -> Iterator[np.ndarray]:
+        for frame in moving_picture(6):
+            seen.append(policies())
+            yield frame
+
+    with av.open(str(tmp_path / "bare.mp4"), "w") as container:
+        stream = container.add_stream("libsvtav1", rate=30, options={"svtav1-params": "lp=1"})
+        stream.width, stream.height, stream.pix_fmt = 64, 64, "yuv420p"
+        start_encoding(container)
+        assert policies() == {os.SCHED_OTHER}
+    encode_video(frames(), tmp_path / "v.mp4", fps=30, codec="av1")
+    assert set().union(*seen, policies()) == {os.SCHED_OTHER}
 
 
 @pytest.mark.parametrize("codec", ["h264", "av1"])

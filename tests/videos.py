@@ -7,6 +7,7 @@ import av
 import numpy as np
 import pytest
 
+from ingest.video_writer import start_encoding
 from lake.errors import EpisodeError
 from lake.images import rgb_of_frame
 
@@ -36,6 +37,7 @@ def make_video(path: Path, codec: str, *, num_frames: int = 20, gop: int = 10, b
         if codec in ("h264", "mpeg4"):
             stream.codec_context.max_b_frames = b_frames
         sound = container.add_stream("aac", rate=16_000, layout="mono") if kw.get("audio") else None
+        start_encoding(container)
         for at, time in zip(range(num_frames), times, strict=True):
             cells = np.roll(still, (at, 2 * at), (0, 1))
             image = np.kron(cells, np.ones((height // 12 + 1, width // 16 + 1, 1), np.uint8))[:height, :width]

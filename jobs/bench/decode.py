@@ -15,6 +15,7 @@ import numpy as np
 
 from ingest.decoders import DECODERS, backend_for
 from ingest.video import Clip, decode_clip, open_video, read_clip, read_packets
+from ingest.video_writer import start_encoding
 from lake.images import encode_jpeg
 
 GOPS = (2, 250)
@@ -168,6 +169,7 @@ def _moving_texture(path: Path, codec: str, gop: int, num_frames: int) -> Path:
         assert isinstance(stream, VideoStream)
         stream.width, stream.height, stream.pix_fmt = 640, 480, "yuv420p"
         stream.codec_context.gop_size, stream.codec_context.max_b_frames = gop, 0
+        start_encoding(container)
         for at in range(num_frames):
             image = np.where(near_mask, near, np.roll(far, (at, 2 * at), (0, 1))) + rng.normal(0, 2, far.shape)
             frame = av.VideoFrame.from_ndarray(image.clip(0, 255).astype(np.uint8), format="rgb24")
