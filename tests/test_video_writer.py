@@ -55,6 +55,7 @@ def remux(source: Path, dest: Path, *, skip: int = 0, shift: int = 0) -> None:
 
 
 def policies() -> set[int]:
+    """Return those of this process's threads; some libraries have threads of other polite policies."""
     return {os.sched_getscheduler(int(thread.name)) for thread in Path("/proc/self/task").iterdir()}
 
 
@@ -71,9 +72,9 @@ def test_encoding_av1_gives_no_thread_real_time_priority(tmp_path: Path) -> None
         stream = container.add_stream("libsvtav1", rate=30, options={"svtav1-params": "lp=1"})
         stream.width, stream.height, stream.pix_fmt = 64, 64, "yuv420p"
         start_encoding(container)
-        assert policies() == {os.SCHED_OTHER}
+        assert not policies() & {os.SCHED_FIFO, os.SCHED_RR}
     encode_video(frames(), tmp_path / "v.mp4", fps=30, codec="av1")
-    assert set().union(*seen, policies()) == {os.SCHED_OTHER}
+    assert not set().union(*seen, policies()) & {os.SCHED_FIFO, os.SCHED_RR}
 
 
 @pytest.mark.parametrize("codec", ["h264", "av1"])
