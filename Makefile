@@ -35,7 +35,7 @@ setup: .venv/ready ## Make .venv with everything pinned in constraints.txt
 	@echo "setting up .venv (some minutes the first time)"
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "robolake needs Python 3.11 or later")'
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[ingest,serve,sim,codecs,dev]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[ingest,train,serve,sim,codecs,dev]'
 	touch $@
 
 system: ## Install the Debian packages that MuJoCo and torchcodec need, where they are missing

@@ -15,6 +15,10 @@ RobolakeError
 |-- CommitError                a commit that cannot go on
 |   `-- CommitUnknownError     whether it happened could not be found out
 |-- WorkerDiedError            a task's workers died again and again
+|-- TrainingDataError          what a run reads
+|   |-- BadSampleError         a sample cannot be made from what the release holds
+|   |-- LoaderClosedError      a loader was used after it was closed, or in another process
+|   `-- AuditError             a run saw other samples than it ought to have seen
 `-- SourceError                a source as a whole cannot be ingested
     |-- SourceNotFoundError    nothing there, or the store does not answer
     |-- SourceMetadataError    metadata missing, empty or invalid
@@ -84,6 +88,22 @@ class CommitUnknownError(CommitError):
 
 class WorkerDiedError(RobolakeError):
     """The workers of one task died again and again."""
+
+
+class TrainingDataError(RobolakeError):
+    """Something about what a run reads."""
+
+
+class BadSampleError(TrainingDataError):
+    """A sample cannot be made from what the release holds of it."""
+
+
+class LoaderClosedError(TrainingDataError):
+    """A loader was used after it was closed, or in another process than that which opened it."""
+
+
+class AuditError(TrainingDataError):
+    """A run saw other samples than it ought to have seen."""
 
 
 class SourceError(RobolakeError):

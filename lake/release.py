@@ -108,6 +108,16 @@ class Release:
         """
         return take_rows(self._open("frames" if resolution is None else frames_table(resolution)), rows, columns)
 
+    def first_rows(self, episodes: Sequence[str], *, resolution: int | None = None) -> npt.NDArray[np.int64]:
+        """Return the row id of frame 0 of each episode [E], for ``take_frames`` at the same resolution.
+
+        Raises:
+            KeyError: no such episode in this release, or none of this resolution.
+            ValueError: no such resolution.
+        """
+        self._open("frames" if resolution is None else frames_table(resolution))
+        return np.array([first for first, _ in self._ranges(resolution).of(episodes)], np.int64)
+
     def dataset(
         self, where: str | None = None, columns: Sequence[str] | None = None, *, resolution: int | None = None
     ) -> "ray.data.Dataset":

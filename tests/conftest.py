@@ -2,8 +2,6 @@
 
 import os
 import shutil
-import subprocess
-import sys
 import tempfile
 import warnings
 from collections.abc import Iterator
@@ -11,7 +9,7 @@ from pathlib import Path
 from uuid import uuid4
 
 import pytest
-from support import G1, ROOT
+from support import G1
 
 from jobs.store import Store, local_store
 
@@ -71,6 +69,6 @@ def ray(store: Store) -> Iterator[object]:
 @pytest.fixture(scope="session")
 def lerobot() -> Path:
     """The python of an environment with LeRobot 0.4.4; made once, in .venv-lerobot."""
-    venv = ROOT / ".venv-lerobot"
-    subprocess.run(["sh", ROOT / "tests" / "lerobot_venv.sh", venv, sys.executable], check=True)
-    return venv / "bin" / "python"
+    from jobs.bench.peer import lerobot_python
+
+    return lerobot_python()

@@ -15,9 +15,19 @@ TINY = {
     "decode": ["--source", G1 / "videos", "--max-files", 1, "--num-frames", 20, "--repeats", 1],
     "discover": ["--episodes", 3000, "--new", 100, "--batch", 1000],
     "ingest": ["--source", G1, "--frames", 300, "--bare-frames", 120, "--small", 2],
+    "loader": ["--source", G1, "--seconds", 1, "--repeats", 1, "--no-peer", "--horizon", 8],
+    "order": ["--episodes", 300, "--frames", 90_000, "--lanes", 4, "--windows", 8, "--repeats", 1],
+    "packing": ["--episodes", 60, "--windows", 2],
     "scan": ["--source", G1, "--frames", 32, "--batch", 16, "--block", 16, "--repeats", 1],
 }
-RATIOS = {"ingest": ["ratio"], "scan": ["ratio", "ratio_s3", "ratio_block"], "discover": ["episodes_per_s"]}
+RATIOS = {
+    "discover": ["episodes_per_s"],
+    "ingest": ["ratio"],
+    "loader": ["of_decoder", "of_decoder_s3"],
+    "order": ["planning_samples_per_s", "start_peak_above_imports_mib"],
+    "packing": ["fill_tokens", "fill_images"],
+    "scan": ["ratio", "ratio_s3", "ratio_block"],
+}
 
 
 def test_each_has_a_test() -> None:

@@ -9,7 +9,7 @@ from support import ROOT
 
 import lake
 
-HEAVY = ("ray", "torch", "tyro", "av", "torchcodec", "decord", "s3fs", "fsspec", "transformers")
+HEAVY = ("ray", "torch", "tyro", "cv2", "av", "torchcodec", "decord", "s3fs", "fsspec", "transformers")
 
 
 def python(code: str) -> dict:
@@ -48,7 +48,19 @@ def test_the_command_line_of_the_lake_needs_no_ray() -> None:
 
 
 @pytest.mark.parametrize(
-    "module", ["ingest.validate", "ingest.features", "ingest.source", "lake.sketch", "lake.checksum"]
+    "module",
+    [
+        "ingest.validate",
+        "ingest.features",
+        "ingest.source",
+        "lake.sketch",
+        "lake.checksum",
+        "train.audit",
+        "train.normalise",
+        "train.plan",
+        "train.samples",
+        "train.segments",
+    ],
 )
 def test_the_pure_core_needs_neither_ray_nor_torch(module: str) -> None:
     loaded = python(f"import json, sys\nimport {module}\nprint(json.dumps(sorted(sys.modules)))")
@@ -74,6 +86,7 @@ def test_the_public_names_are_these() -> None:
     assert sorted(name for name in vars(lake.Release) if not name.startswith("_")) == [
         "dataset",
         "episodes",
+        "first_rows",
         "frames",
         "open_videos",
         "scan",

@@ -1,6 +1,7 @@
-"""What the README says is so: its blocks run, its tables are true."""
+"""What the README and docs/loading.md say is so: their blocks run, their tables are true."""
 
 import ast
+import importlib
 import os
 import re
 import shutil
@@ -15,13 +16,17 @@ from support import ROOT
 from jobs.bench.__main__ import BENCHES
 from jobs.store import Store
 from lake.schema import EPISODES, FRAMES
+from train.batch import ARRAYS, Sizes, empty
+from train.packing import Budgets
 
 README = (ROOT / "README.md").read_text()
+LOADING = (ROOT / "docs/loading.md").read_text()
 PACKAGES = ("lake", "ingest", "train", "serve", "jobs")
 
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+def blocks(text: str) -> list[tuple[str, str]]:
+    """Return the language and the text of every block that is run, in order."""
+    return re.findall(r"^```(sh|python)\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
 
 
 def first_line(path: Path) -> str:
@@ -55,9 +60,39 @@ def test_flags_that_it_names_are_those_of_ingest() -> None:
     assert named == {flag for flag in offered if not flag.startswith("--no-")}
 
 
-def test_documents_that_it_points_to_are_there() -> None:
-    for target in re.findall(r"\]\(([^)#:]+)\)", README):
-        assert (ROOT / target).exists(), target
+def test_documents_that_they_point_to_are_there() -> None:
+    for folder, text in ((ROOT, README), (ROOT / "docs", LOADING)):
+        for target in re.findall(r"\]\(([^)#:]+)\)", text):
+            assert (folder / target).exists(), target
+
+
+def test_the_table_of_a_batch_is_true() -> None:
+    sides = {"T": 11, "I": 12, "B": 13, "S": 14, "P": 20, "D": 16, "A": 17, "H": 18, "3": 3, "B + 2": 15}
+    budgets = Budgets(tokens=sides["T"], images=sides["I"], samples=sides["B"])
+    made = empty(
+        Sizes(
+            budgets=budgets,
+            image_size=sides["S"],
+            times=sides["P"],
+            state_dim=sides["D"],
+            action_dim=sides["A"],
+            horizon=sides["H"],
+        )
+    )
+    rows = re.findall(r"^\| `(\w+)` \| ([\w ,+]+) \| (\w+) \|", LOADING, re.MULTILINE)
+    assert [name for name, _, _ in rows] == list(ARRAYS)
+    for name, shape, dtype in rows:
+        array = made.arrays()[name]
+        assert array.shape == tuple(sides[side] for side in shape.split(", ")), name
+        assert array.dtype.name == dtype, name
+
+
+def test_errors_that_it_lists_are_there() -> None:
+    modules = ("lake.errors", "train.packing", "train.turns", "train.statistics", "train.normalise")
+    there = {name for module in modules for name in vars(importlib.import_module(module))} | {"ValueError"}
+    named = re.findall(r"^\| `(\w+Error)", LOADING, re.MULTILINE)
+    assert len(named) > 10
+    assert set(named) <= there
 
 
 def test_benches_are_listed() -> None:
@@ -83,13 +118,14 @@ def test_every_block_runs_in_a_fresh_folder(store: Store, tmp_path: Path) -> Non
     assert (tmp_path / "out/demo/contact_sheet.png").stat().st_size > 50_000
     files = s3fs.S3FileSystem(use_listings_cache=False)
     files.put(str(tmp_path / "out/demo/metaworld"), f"{store.bucket}/sources/metaworld", recursive=True)
-    for block in blocks("sh"):
+    for language, block in blocks(README) + blocks(LOADING):
+        if language == "python":
+            (tmp_path / "block.py").write_text(block)
+            run("python block.py", tmp_path, environment)
+            continue
         on_s3 = store.environment() if "s3://" in block else {}
         for line in block.splitlines():
             run(line, tmp_path, environment | on_s3)
-    for block in blocks("python"):
-        (tmp_path / "block.py").write_text(block)
-        run("python block.py", tmp_path, environment)
 
 
 def run(command: str, folder: Path, environment: dict[str, str]) -> str:

@@ -21,6 +21,9 @@ BENCHES = {
     "decode": "frames/s of each video back end, by codec and GOP, on one core",
     "discover": "discovery and anti-join of a million episodes: seconds, memory, the committer's rate",
     "ingest": "frames/s of a whole ingestion over a bare loop of decode, resize, JPEG",
+    "loader": "samples/s of the loader over LeRobot's own, and the share of the JPEG decoder's rate",
+    "order": "planning of training over a billion frames: start, memory, samples/s on one core, shuffle",
+    "packing": "fill of packs for mixtures of cameras, beside padding and first-fit",
     "scan": "random frames from a lake over PyAV from the source's videos",
 }
 PACKAGES = (
@@ -30,6 +33,7 @@ PACKAGES = (
     "pyarrow",
     "numpy",
     "av",
+    "opencv-python-headless",
     "simplejpeg",
     "torch",
     "torchcodec",

@@ -2,6 +2,7 @@
 
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -16,24 +17,31 @@ from lake.errors import EpisodeError
 _DATA = "data/chunk-{:03d}/episode_{:06d}.parquet"
 _VIDEO = "videos/chunk-{:03d}/{}/episode_{:06d}.mp4"
 _CHUNK = 1000
-VIEW = "observation.images.front"
+_PREFIX = "observation.images."
+_VIEWS = ("front", "wrist", "left", "right")
 
 
-def make_source(folder: Path, *, episodes: int = 4, num_frames: int = 240, codec: str = "av1") -> Path:
-    """Write a LeRobot v2.1 dataset of drifting textures at 640 x 480 and 30 frames/s, 14 dimensions."""
+def make_source(folder: Path, *, episodes: int = 4, num_frames: int = 240, views: int = 1, codec: str = "av1") -> Path:
+    """Write a LeRobot v2.1 dataset of drifting textures at 640 x 480 and 30 frames/s, 14 dimensions.
+
+    Raises:
+        ValueError: fewer than one view, or more than there are names for.
+    """
+    if not 1 <= views <= len(_VIEWS):
+        raise ValueError(f"{views} views; a made source has 1 to {len(_VIEWS)}")
     rng = np.random.default_rng(0)
+    keys = [_PREFIX + view for view in _VIEWS[:views]]
+    video = {"dtype": "video", "shape": [480, 640, 3], "names": ["height", "width", "channel"]}
     features = {
         "observation.state": {"dtype": "float32", "shape": [14], "names": None},
         "action": {"dtype": "float32", "shape": [14], "names": None},
-        VIEW: {"dtype": "video", "shape": [480, 640, 3], "names": ["height", "width", "channel"]},
+        **dict.fromkeys(keys, video),
     }
     for index in range(episodes):
-        far = np.kron(rng.integers(0, 256, (60, 80, 3)), np.ones((8, 8, 1))).astype(np.uint8)
-        noise = rng.integers(0, 6, (8, *far.shape), np.uint8)
-        video = folder / _VIDEO.format(0, VIEW, index)
-        video.parent.mkdir(parents=True, exist_ok=True)
-        pictures = (np.roll(far, (at, 2 * at), (0, 1)) // 2 + noise[at % 8] + 40 for at in range(num_frames))
-        encode_video(pictures, video, fps=30, codec="av1" if codec == "av1" else "h264")
+        for key in keys:
+            path = folder / _VIDEO.format(0, key, index)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            encode_video(_drift(rng, num_frames), path, fps=30, codec="av1" if codec == "av1" else "h264")
         walk = np.cumsum(rng.normal(0, 0.02, (num_frames, 28)), axis=0).astype(np.float32)
         table = pa.table(
             {
@@ -51,6 +59,12 @@ def make_source(folder: Path, *, episodes: int = 4, num_frames: int = 240, codec
     info = {"codebase_version": "v2.1", "robot_type": "made", "fps": 30, "features": features}
     _write_meta(folder, info, [{"length": num_frames, "tasks": ["drift"]}] * episodes)
     return folder
+
+
+def _drift(rng: np.random.Generator, num_frames: int) -> Iterator[np.ndarray]:
+    far = np.kron(rng.integers(0, 256, (60, 80, 3)), np.ones((8, 8, 1))).astype(np.uint8)
+    noise = rng.integers(0, 6, (8, *far.shape), np.uint8)
+    return (np.roll(far, (at, 2 * at), (0, 1)) // 2 + noise[at % 8] + 40 for at in range(num_frames))
 
 
 def repeat_source(source: Path, folder: Path, num_episodes: int) -> Path:
