@@ -98,8 +98,11 @@ def encode_jpeg(rgb: np.ndarray, quality: int = 90) -> bytes:
     return simplejpeg.encode_jpeg(image, quality=quality, colorspace="RGB", colorsubsampling="420", fastdct=False)
 
 
-def decode_jpeg(data: bytes) -> np.ndarray:
+def decode_jpeg(data: bytes, out: np.ndarray | None = None) -> np.ndarray:
     """Decode a JPEG file.
+
+    Args:
+        out: where to, uint8 [H, W, 3] of the file's own size; None takes new memory.
 
     Returns:
         uint8 [H, W, 3] in RGB order, whatever the file's colour space.
@@ -109,4 +112,5 @@ def decode_jpeg(data: bytes) -> np.ndarray:
     """
     import simplejpeg
 
-    return simplejpeg.decode_jpeg(data, colorspace="RGB", fastdct=False, fastupsample=False)
+    # strict: a cut file is an error, where libjpeg alone warns and leaves the rest of the picture grey.
+    return simplejpeg.decode_jpeg(data, colorspace="RGB", fastdct=False, fastupsample=False, buffer=out, strict=True)

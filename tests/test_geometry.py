@@ -294,7 +294,7 @@ def test_threads_do_not_disturb_each_other() -> None:
 @pytest.mark.skipif(sys.platform != "linux", reason="counts the tasks of /proc")
 def test_opencv_starts_no_threads() -> None:
     code = (
-        "import os, sys, cv2, numpy as np\n"
+        "import os, sys, cv2, numpy as np, lake.images\n"
         "before = len(os.listdir('/proc/self/task'))\n"
         "import train.geometry\n"
         "train.geometry.fit(np.zeros((600, 800, 3), np.uint8), np.zeros((2000, 2000, 3), np.uint8), 'crop')\n"

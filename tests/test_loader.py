@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from training import SMALL, make_released, reopened, small
+from training import SMALL, Sample, make_released, reopened, samples, small
 
 from lake import Release
 from lake.errors import BadSampleError, LakeDamagedError, LoaderClosedError
@@ -27,17 +27,10 @@ from train.state import LoaderState, merge_states
 from train.statistics import Statistics, StatisticsMissingError
 from train.turns import Cursor, CursorMismatchError, merge
 
-Sample = tuple[int, int, int, int]
-
 
 @pytest.fixture(scope="module")
 def release(tmp_path_factory: pytest.TempPathFactory) -> Release:
     return make_released(tmp_path_factory.mktemp("loader"))
-
-
-def samples(batch: Batch) -> list[Sample]:
-    columns = (batch.source_B, batch.epoch_B, batch.episode_B, batch.frame_B)
-    return list(zip(*(each[: batch.num_samples].tolist() for each in columns), strict=True))
 
 
 def equal(one: Batch, other: Batch) -> bool:

@@ -13,6 +13,7 @@ from support import Made, make_v21
 
 from lake import Lake, Release
 from lake.sketch import sketch
+from train import statistics
 from train.normalise import (
     EPSILON,
     NARROW,
@@ -37,16 +38,7 @@ schemes = st.sampled_from(SCHEMES)
 
 
 def stats_of(values_TD: np.ndarray) -> FeatureStats:
-    one = sketch(values_TD)
-    return FeatureStats(
-        count=one.count,
-        mean=one.mean,
-        std=one.std(),
-        min=one.min,
-        max=one.max,
-        q01=one.quantile(0.01),
-        q99=one.quantile(0.99),
-    )
+    return statistics._of_sketch(sketch(values_TD))
 
 
 def statistics_of(values: dict[tuple[str, str, str], np.ndarray], actions: Actions | None = None) -> Statistics:

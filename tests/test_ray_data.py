@@ -17,7 +17,7 @@ import pytest
 import ray.train
 import ray.train.torch
 from support import ROOT, last_json
-from training import SMALL, make_released, small
+from training import SMALL, Sample, make_released, samples, small
 
 from lake import Release
 from train.batch import Batch
@@ -26,7 +26,6 @@ from train.provenance import FILE, Checkpoint
 from train.ray_data import LakeDataConfig, Shard
 from train.state import LoaderState, merge_states
 
-Sample = tuple[int, int, int, int]
 Step = dict[int, list[Sample]]
 """Samples by lane."""
 
@@ -41,11 +40,6 @@ def quick(ray: object, monkeypatch: pytest.MonkeyPatch) -> None:
     """Let Ray Train look after its workers often."""
     monkeypatch.setenv("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
     monkeypatch.setenv("RAY_TRAIN_METRICS_ENABLED", "0")
-
-
-def samples(batch: Batch) -> list[Sample]:
-    columns = (batch.source_B, batch.epoch_B, batch.episode_B, batch.frame_B)
-    return list(zip(*(each[: batch.num_samples].tolist() for each in columns), strict=True))
 
 
 def steps(release: Release, config: LoaderConfig, count: int) -> list[Step]:

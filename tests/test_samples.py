@@ -29,7 +29,7 @@ def packs_of(release: Release, config: LoaderConfig, windows: int = 3) -> tuple[
     assembler, reader = open_parts(release, config)
     found = []
     for number in range(windows):
-        window = assembler.window(number, reader.read(assembler.block_keys(number)))
+        window = assembler.read(number, reader)
         # Copied, for the memory of images is used again.
         for index in range(len(window.packs)):
             batch = assembler.pack(window, index)
@@ -180,7 +180,7 @@ def test_relative_actions_need_statistics_of_such(release: Release) -> None:
     with pytest.raises(RepresentationMismatchError):
         open_parts(release, small(), statistics)
     assembler, reader = open_parts(release, config, statistics)
-    window = assembler.window(0, reader.read(assembler.block_keys(0)))
+    window = assembler.read(0, reader)
     for index in range(len(window.packs)):
         batch = assembler.pack(window, index)
         for b in range(batch.num_samples):

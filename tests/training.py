@@ -7,9 +7,12 @@ from typing import Any
 from lakes import make_sources, make_unreleased
 
 from lake import Lake, Release
+from train.batch import Batch
 from train.loader import LoaderConfig, ReadConfig
 from train.plan import OrderConfig, PackConfig
 from train.samples import SampleConfig
+
+Sample = tuple[int, int, int, int]
 
 ORDER = OrderConfig(lanes=3, block_frames=5, window_blocks=4)
 SMALL = LoaderConfig(
@@ -38,3 +41,9 @@ def small(**changes: Any) -> LoaderConfig:
 def reopened(release: Release) -> Release:
     """Return the same release, opened anew."""
     return Lake(release.storage.uri).release(release.name)
+
+
+def samples(batch: Batch) -> list[Sample]:
+    """Return (source, epoch, episode, frame) of each sample of a pack."""
+    columns = (batch.source_B, batch.epoch_B, batch.episode_B, batch.frame_B)
+    return list(zip(*(each[: batch.num_samples].tolist() for each in columns), strict=True))

@@ -22,6 +22,8 @@ import numpy as np
 import numpy.typing as npt
 import simplejpeg
 
+from lake.images import decode_jpeg
+
 Mode = Literal["pad", "squash", "crop"]
 
 _MOST_PIXELS = 4096 * 4096
@@ -95,7 +97,7 @@ def fit_into(data: bytes, out: np.ndarray, mode: Mode) -> None:
     place = place_of(mode, height, width, size)
     if place.width == width == size and place.height == height <= size:
         _blacken(out, place)
-        _decode(data, out[place.top : place.top + height])
+        decode_jpeg(data, out[place.top : place.top + height])
     else:
         lay(decode(data), place, out)
 
@@ -169,7 +171,7 @@ def decode(data: bytes) -> np.ndarray:
         ValueError: not a JPEG file, or a cut or damaged one.
     """
     image = scratch("decode", *_header(data))
-    _decode(data, image)
+    decode_jpeg(data, image)
     return image
 
 
@@ -192,11 +194,6 @@ def _header(data: bytes) -> tuple[int, int]:
     if height * width > _MOST_PIXELS:
         raise ValueError(f"a JPEG header says {width} x {height} pixels, more than any picture here: it is damaged")
     return height, width
-
-
-def _decode(data: bytes, out: np.ndarray) -> None:
-    # strict: a cut file is an error, where libjpeg alone warns and leaves the rest of the picture grey.
-    simplejpeg.decode_jpeg(data, colorspace="RGB", fastdct=False, fastupsample=False, buffer=out, strict=True)
 
 
 def _blacken(out: np.ndarray, place: Place) -> None:

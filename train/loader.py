@@ -331,7 +331,7 @@ class Loader:
         return self._windows[number]
 
     def _load(self, number: int) -> Window:
-        return self._assembler.window(number, self._reader.read(self._assembler.block_keys(number)))
+        return self._assembler.read(number, self._reader)
 
 
 def _has_gpu() -> bool:

@@ -59,7 +59,7 @@ class PackMaker:
         return self._windows[number]
 
     def _load(self, number: int) -> Window:
-        return self._assembler.window(number, self._reader.read(self._assembler.block_keys(number)))
+        return self._assembler.read(number, self._reader)
 
 
 @dataclass(kw_only=True, slots=True, eq=False)

@@ -13,7 +13,7 @@ import numpy.typing as npt
 from lake.errors import BadSampleError
 from train.augment import Augmentation, augment_into, draw, is_still
 from train.batch import Batch, Pictures, Sizes, empty
-from train.blocks import Block, BlockKey
+from train.blocks import Block, BlockKey, BlockReader
 from train.geometry import Mode, fit_into
 from train.keyed import key_of, mix
 from train.lanes import Pack
@@ -147,6 +147,10 @@ class Assembler:
                 strict=True,
             )
         ]
+
+    def read(self, number: int, reader: BlockReader) -> Window:
+        """Return a window, read from the release; errors as of the reader and of ``window``."""
+        return self.window(number, reader.read(self.block_keys(number)))
 
     def window(self, number: int, blocks: Sequence[Block]) -> Window:
         """Return a window from its blocks, in the order of ``block_keys``.

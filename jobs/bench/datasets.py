@@ -2,8 +2,11 @@
 
 import json
 import os
+import tempfile
 from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from uuid import uuid4
 
 import numpy as np
 import pyarrow as pa
@@ -12,6 +15,9 @@ import pyarrow.parquet as pq
 from ingest.files import open_files
 from ingest.formats import format_of, open_source
 from ingest.video_writer import encode_video
+from jobs import ingest
+from jobs.cluster import connect
+from jobs.store import store_from_environment_or_local
 from lake.errors import EpisodeError
 
 _DATA = "data/chunk-{:03d}/episode_{:06d}.parquet"
@@ -119,3 +125,21 @@ def _write_meta(folder: Path, info: dict, records: list[dict]) -> None:
 def _link(target: Path, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     os.symlink(target.resolve(), path)  # noqa: PTH211
+
+
+@contextmanager
+def ingested(source: str, folder: Path, bucket: str) -> Iterator[dict[str, str]]:
+    """Ingest a dataset into a lake on the file system and into one on an object store; give their URIs as local, s3.
+
+    The store is the one of AWS_ENDPOINT_URL, or else one that is started here; its environment is that of this process
+    from then on. Ray is left running.
+    """
+    with ExitStack() as stack:
+        store = stack.enter_context(store_from_environment_or_local(folder / "store", bucket=bucket))
+        os.environ.update(store.environment())
+        os.environ.setdefault("RAY_TMPDIR", stack.enter_context(tempfile.TemporaryDirectory(prefix="rl-", dir="/tmp")))
+        connect()
+        lakes = {"local": str(folder / "lake"), "s3": f"s3://{store.bucket}/bench-{uuid4().hex[:8]}"}
+        for uri in lakes.values():
+            ingest.run(ingest.Config(source=source, lake=uri))
+        yield lakes

@@ -11,13 +11,11 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from uuid import uuid4
 
-from jobs import ingest
-from jobs.bench.datasets import make_source
+import ray
+
+from jobs.bench.datasets import ingested, make_source
 from jobs.bench.peer import Reading, as_lerobot_v3, lerobot_python, measure
-from jobs.cluster import connect
-from jobs.store import store_from_environment_or_local
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -64,11 +62,8 @@ def run(config: Config) -> dict[str, Any]:
         source = config.source or str(
             make_source(folder / "made", episodes=config.episodes, num_frames=config.frames, views=2)
         )
-        store = stack.enter_context(store_from_environment_or_local(folder / "store", bucket=config.bucket))
-        os.environ.update(store.environment())
-        os.environ.setdefault("RAY_TMPDIR", stack.enter_context(tempfile.TemporaryDirectory(prefix="rl-", dir="/tmp")))
-        lakes = {"local": str(folder / "lake"), "s3": f"s3://{store.bucket}/bench-{uuid4().hex[:8]}"}
-        _ingest(source, lakes)
+        lakes = stack.enter_context(ingested(source, folder, config.bucket))
+        ray.shutdown()  # Its processes would take part of the cores that are measured.
         peer = (as_lerobot_v3(lakes["local"], folder / "lerobot"), lerobot_python()) if config.peer else None
         rows: list[dict[str, Any]] = []
         backends: dict[tuple[int, bool], str] = {}
@@ -77,15 +72,6 @@ def run(config: Config) -> dict[str, Any]:
                 rows.append({"repeat": repeat} | row)
                 print(rows[-1], file=sys.stderr, flush=True)
     return {"what": "samples/s of the loader over LeRobot's", "numbers": _numbers(rows), "rows": rows}
-
-
-def _ingest(source: str, lakes: dict[str, str]) -> None:
-    import ray
-
-    connect()
-    for uri in lakes.values():
-        ingest.run(ingest.Config(source=source, lake=uri))
-    ray.shutdown()  # Its processes would take part of the cores that are measured.
 
 
 def _round(

@@ -4,9 +4,9 @@ import json
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
+from jobs.bench.memory import own_memory_mib
 from lake import Lake
 from lake.images import decode_jpeg
 from train.augment import Augmentation
@@ -26,7 +26,7 @@ def main() -> None:
         read=ReadConfig(threads=asked["threads"], cache_dir=asked["cache_dir"]),
     )
     found = _decoder(asked, config) if asked["what"] == "decoder" else _load(asked, config)
-    print(json.dumps(found | {"peak_rss_mib": _memory("VmHWM"), "own_mib": _memory("RssAnon")}))
+    print(json.dumps(found | {"peak_rss_mib": own_memory_mib("VmHWM"), "own_mib": own_memory_mib("RssAnon")}))
 
 
 def _load(asked: dict[str, Any], config: LoaderConfig) -> dict[str, Any]:
@@ -81,14 +81,6 @@ def _decoder(asked: dict[str, Any], config: LoaderConfig) -> dict[str, Any]:
         seconds = time.perf_counter() - began
     size = sum(map(len, jpegs)) / len(jpegs)
     return {"images": images, "seconds": seconds, "images_per_s": images / seconds, "jpeg_bytes": size}
-
-
-def _memory(name: str) -> float:
-    """Return a line of this process's status, in MiB."""
-    for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines():
-        if line.startswith(f"{name}:"):
-            return int(line.split()[1]) / 1024
-    return 0.0
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from jobs.bench.memory import own_memory_mib
 from train.lanes import Costs, Stream
 from train.order import SourceFrames, mixture, weights_by_size
 from train.packing import Kind, budgets_for
@@ -82,7 +83,7 @@ def run(config: Config) -> dict[str, Any]:
 
 def start(path: str, lanes: str, tokens: str) -> dict[str, float]:
     """Read the metadata and plan the first window after a cursor in the middle; return what that took."""
-    before = _memory_mib("VmRSS")
+    before = own_memory_mib("VmRSS")
     since = time.perf_counter()
     stream = _stream(path, int(lanes), int(tokens))
     window = _middle(stream) // stream.num_lanes
@@ -93,7 +94,7 @@ def start(path: str, lanes: str, tokens: str) -> dict[str, float]:
     assert turn.window is not None
     pack = stream.window(turn.window)[turn.index]
     seconds = time.perf_counter() - since
-    peak = _memory_mib("VmHWM")
+    peak = own_memory_mib("VmHWM")
     assert pack.num_samples
     return {"seconds": seconds, "peak_mib": peak, "above_imports_mib": peak - before}
 
@@ -225,9 +226,3 @@ def _cut(episodes: Ints, sizes: list[int]) -> list[Ints]:
 
 def _all(rows: list[dict[str, Any]], side: str, key: str) -> list[float]:
     return [row[key] for row in rows if row["side"] == side]
-
-
-def _memory_mib(field: str) -> float:
-    """Return what this process has resident, or has had at most; ``getrusage`` may give its parent's."""
-    status = Path("/proc/self/status").read_text(encoding="utf-8")
-    return int(status.partition(f"{field}:")[2].split()[0]) / 1024

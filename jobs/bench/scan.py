@@ -1,6 +1,5 @@
 """Measure random access to a lake's frames against PyAV on the source's videos."""
 
-import os
 import statistics
 import sys
 import tempfile
@@ -10,14 +9,10 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from uuid import uuid4
 
 import numpy as np
 
-from jobs import ingest
-from jobs.bench.datasets import make_source
-from jobs.cluster import connect
-from jobs.store import store_from_environment_or_local
+from jobs.bench.datasets import ingested, make_source
 from lake import Lake, Release
 from lake.images import decode_jpeg, rgb_of_frame
 
@@ -55,13 +50,7 @@ def run(config: Config) -> dict[str, Any]:
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="bench-scan-")))
         source = config.source or str(make_source(folder / "made", num_frames=480))
-        store = stack.enter_context(store_from_environment_or_local(folder / "store", bucket=config.bucket))
-        os.environ.update(store.environment())
-        os.environ.setdefault("RAY_TMPDIR", stack.enter_context(tempfile.TemporaryDirectory(prefix="rl-", dir="/tmp")))
-        connect()
-        lakes = {"local": str(folder / "lake"), "s3": f"s3://{store.bucket}/bench-{uuid4().hex[:8]}"}
-        for uri in lakes.values():
-            ingest.run(ingest.Config(source=source, lake=uri))
+        lakes = stack.enter_context(ingested(source, folder, config.bucket))
         releases = {where: Lake(uri).release() for where, uri in lakes.items()}
         files = _videos(releases["local"], folder)
         rows: list[dict[str, Any]] = []
