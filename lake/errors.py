@@ -19,6 +19,7 @@ RobolakeError
 |   |-- BadSampleError         a sample cannot be made from what the release holds
 |   |-- LoaderClosedError      a loader was used after it was closed, or in another process
 |   `-- AuditError             a run saw other samples than it ought to have seen
+|-- CheckpointError            a checkpoint's files are not what they ought to be
 `-- SourceError                a source as a whole cannot be ingested
     |-- SourceNotFoundError    nothing there, or the store does not answer
     |-- SourceMetadataError    metadata missing, empty or invalid
@@ -104,6 +105,10 @@ class LoaderClosedError(TrainingDataError):
 
 class AuditError(TrainingDataError):
     """A run saw other samples than it ought to have seen."""
+
+
+class CheckpointError(RobolakeError):
+    """A checkpoint's files are damaged, or not those of the model."""
 
 
 class SourceError(RobolakeError):

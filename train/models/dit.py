@@ -1,0 +1,172 @@
+"""Blocks of GR00T N1.5's action head: self-attention over images and text, and the diffusion transformer.
+
+Shapes: T tokens of images and text, B samples, R tokens of a sample's action stream, N features. Source: Isaac-GR00T
+n1.5, model/action_head/cross_attention_dit.py, and the parts of diffusers that it uses.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from train.models.blocks import ExactLinear, LayerNorm, Linear, log_spaced, sinusoids, wide, wide_type
+from train.models.inputs import dropout
+from train.models.packed import Segments
+
+_TIME_FEATURES = 256
+
+
+@dataclass(frozen=True, kw_only=True)
+class Dropout:
+    """Dropout of one block in training, keyed by rows; a block has four places for it."""
+
+    seeds: torch.Tensor
+    """int64 [T], or [B, R]: of each row."""
+    block: int
+    probability: float
+
+    def attention(self, x: torch.Tensor) -> torch.Tensor:
+        """Drop elements of attention's output, which the published model does twice in a row."""
+        return dropout(x, self.seeds, 4 * self.block, 1 - (1 - self.probability) ** 2)
+
+    def hidden(self, x: torch.Tensor) -> torch.Tensor:
+        """Drop elements within the perceptron."""
+        return dropout(x, self.seeds, 4 * self.block + 1, self.probability)
+
+    def output(self, x: torch.Tensor) -> torch.Tensor:
+        """Drop elements of the perceptron's output."""
+        return dropout(x, self.seeds, 4 * self.block + 2, self.probability)
+
+
+class FeedForward(nn.Module):
+    """A perceptron without a gate."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.fc1 = Linear(size, 4 * size)
+        self.fc2 = Linear(4 * size, size)
+
+    def forward(self, x: torch.Tensor, drop: Dropout | None) -> torch.Tensor:
+        """Return [..., N] from [..., N]."""
+        hidden = F.gelu(self.fc1(x), approximate="tanh")
+        if drop is None:
+            return self.fc2(hidden)
+        return drop.output(self.fc2(drop.hidden(hidden)))
+
+
+class VlBlock(nn.Module):
+    """Self-attention over the images and text of a sample, in both directions and without positions."""
+
+    def __init__(self, size: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.norm1 = LayerNorm(size)
+        self.qkv = Linear(size, 3 * size)
+        self.out = Linear(size, size)
+        self.norm2 = LayerNorm(size)
+        self.ff = FeedForward(size)
+
+    def forward(self, x_TN: torch.Tensor, segments: Segments, drop: Dropout | None) -> torch.Tensor:
+        """Return [T, N] from [T, N]."""
+        q, k, v = self.qkv(self.norm1(x_TN)).unflatten(-1, (3, self.heads, -1)).unbind(1)
+        mixed = self.out(segments.attend(q, k, v).flatten(1))
+        x_TN = x_TN + (mixed if drop is None else drop.attention(mixed))
+        return x_TN + self.ff(self.norm2(x_TN), drop)
+
+
+class TimeEncoder(nn.Module):
+    """The denoising time as a vector."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.fc1 = ExactLinear(_TIME_FEATURES, size)
+        self.fc2 = ExactLinear(size, size)
+
+    def forward(self, step_B: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """Return [B, N] of some type from the time's integer step."""
+        half = _TIME_FEATURES // 2
+        sines, cosines = sinusoids(step_B, log_spaced(half, half - 1, step_B.device)).chunk(2, dim=-1)
+        features_BN = torch.cat([cosines, sines], dim=-1).to(dtype)
+        return self.fc2(F.silu(self.fc1(features_BN)))
+
+
+class DitBlock(nn.Module):
+    """A block of the action stream that attends to images and text, or, without ``other``, to itself."""
+
+    def __init__(self, size: int, heads: int, other: int | None) -> None:
+        super().__init__()
+        self.heads, self.is_cross = heads, other is not None
+        self.norm1 = LayerNorm(size, elementwise_affine=False)
+        self.modulation = ExactLinear(size, 2 * size)
+        if other is None:
+            self.qkv = ExactLinear(size, 3 * size)
+        else:
+            self.q = ExactLinear(size, size)
+            self.kv = ExactLinear(other, 2 * size)
+        self.out = ExactLinear(size, size)
+        self.norm2 = LayerNorm(size, elementwise_affine=False)
+        self.ff = FeedForward(size)
+
+    def forward(
+        self,
+        x_BRN: torch.Tensor,
+        time_BN: torch.Tensor,
+        vl: tuple[torch.Tensor, Segments],
+        drop: Dropout | None,
+    ) -> torch.Tensor:
+        """Return [B, R, N].
+
+        Args:
+            time_BN: of the time encoder.
+            vl: images and text [T, other], and which rows attend to which.
+        """
+        scale, shift = self.modulation(F.silu(time_BN))[:, None].chunk(2, dim=-1)
+        y = (wide(self.norm1(x_BRN)) * (1 + scale) + shift).to(x_BRN.dtype)
+        mixed = self.out(self._cross(y, *vl) if self.is_cross else self._self(y))
+        x_BRN = x_BRN + (mixed if drop is None else drop.attention(mixed))
+        return x_BRN + self.ff(self.norm2(x_BRN), drop)
+
+    def _cross(self, y_BRN: torch.Tensor, vl_TN: torch.Tensor, segments: Segments) -> torch.Tensor:
+        q = self.q(y_BRN).flatten(0, 1).unflatten(-1, (self.heads, -1))
+        k, v = self.kv(vl_TN).unflatten(-1, (2, self.heads, -1)).unbind(1)
+        return segments.attend(q, k, v).reshape(y_BRN.shape)
+
+    def _self(self, y_BRN: torch.Tensor) -> torch.Tensor:
+        q, k, v = self.qkv(y_BRN).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind()
+        return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+
+
+class Dit(nn.Module):
+    """The diffusion transformer."""
+
+    def __init__(self, size: int, *, heads: int, layers: int, other: int, out: int) -> None:
+        super().__init__()
+        self.time = TimeEncoder(size)
+        self.blocks = nn.ModuleList(
+            [DitBlock(size, heads, other if at % 2 == 0 else None) for at in range(layers)],
+        )
+        self.norm = LayerNorm(size, elementwise_affine=False, eps=1e-6)
+        self.modulation = ExactLinear(size, 2 * size)
+        self.out = ExactLinear(size, out)
+
+    def forward(
+        self,
+        x_BRN: torch.Tensor,
+        step_B: torch.Tensor,
+        vl: tuple[torch.Tensor, Segments],
+        drop: tuple[torch.Tensor, float] | None,
+    ) -> torch.Tensor:
+        """Return [B, R, out].
+
+        Args:
+            step_B: the time's integer step.
+            vl: images and text, and which rows attend to which.
+            drop: seeds [B, R] and probability of dropout.
+        """
+        time_BN = self.time(step_B, wide_type(x_BRN.dtype))
+        for at, block in enumerate(self.blocks):
+            each = None if drop is None else Dropout(seeds=drop[0], block=at, probability=drop[1])
+            x_BRN = block(x_BRN, time_BN, vl, each)
+        shift, scale = self.modulation(F.silu(time_BN))[:, None].chunk(2, dim=-1)
+        return self.out((wide(self.norm(x_BRN)) * (1 + scale) + shift).to(x_BRN.dtype))
