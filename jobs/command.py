@@ -8,8 +8,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-import tyro
-
 from lake.errors import RobolakeError
 
 C = TypeVar("C")
@@ -24,6 +22,8 @@ def main_of(config: type[C], run: Callable[[C], dict[str, Any]]) -> Callable[[],
     """
 
     def main() -> None:
+        import tyro
+
         parsed = tyro.cli(config, args=expand(sys.argv[1:]), prog=f"python -m {_module(config)}")
         try:
             result = run(parsed)

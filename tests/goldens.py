@@ -2,43 +2,25 @@
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from safetensors import safe_open
 
+from train.made import Sample, packed_inputs
+from train.models.build import build
 from train.models.config import GrootConfig, ModelConfig, Pi05Config, VisionConfig
 from train.models.groot import Groot
 from train.models.inputs import Inputs
 from train.models.keys import key_map
 from train.models.pi05 import Pi05
-from train.packing import Budgets, layout
+from train.packing import Budgets
 
 FOLDER = Path(__file__).parent / "data" / "goldens"
 FILES = {"pi05": FOLDER / "pi05_tiny.safetensors", "groot_n15": FOLDER / "groot_tiny.safetensors"}
 FAMILIES = tuple(FILES)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Sample:
-    """One sample of a golden, or a made one."""
-
-    images: torch.Tensor
-    """[views, 3, S, S], only those that are there."""
-    ids: torch.Tensor
-    """Text; -1 where a token of an image stands."""
-    action: torch.Tensor
-    noise: torch.Tensor
-    time: float
-    """As the models scale it."""
-    weight: torch.Tensor
-    """Of each element in the loss."""
-    state: torch.Tensor | None = None
-    category: int = 0
 
 
 @cache
@@ -76,9 +58,7 @@ def config_of(family: str) -> ModelConfig:
         "compute": "float32",
     }
     if family == "pi05":
-        return Pi05Config(
-            **common, layers=c["depth"], expert_width=c["expert_width"], expert_mlp=c["expert_mlp"]
-        )
+        return Pi05Config(**common, layers=c["depth"], expert_width=c["expert_width"], expert_mlp=c["expert_mlp"])
     return GrootConfig(
         **common,
         layers=c["select"],
@@ -96,9 +76,9 @@ def config_of(family: str) -> ModelConfig:
     )
 
 
-def make(config: ModelConfig, **options: Any) -> Pi05 | Groot:
+def make(config: ModelConfig) -> Pi05 | Groot:
     """Return an empty model of a configuration."""
-    return Pi05(config, **options) if isinstance(config, Pi05Config) else Groot(config, **options)
+    return build(config)
 
 
 def golden_model(family: str) -> Pi05 | Groot:
@@ -137,7 +117,7 @@ def _pi05() -> list[Sample]:
         ids = given["tokens"][at][given["token_mask"][at]]
         samples.append(
             Sample(
-                images=torch.stack(views),
+                images=torch.stack(views).permute(0, 2, 3, 1),
                 ids=torch.cat([torch.full((per_view * len(views),), -1), ids]),
                 action=given["actions"][at],
                 noise=given["noise"][at],
@@ -156,7 +136,7 @@ def _groot() -> list[Sample]:
         ids = given[f"{at}/input_ids"]
         samples.append(
             Sample(
-                images=given[f"{at}/pixel_values"],
+                images=given[f"{at}/pixel_values"].permute(0, 2, 3, 1),
                 ids=torch.where(ids == image_token, -1, ids),
                 action=given[f"{at}/actions"][0],
                 noise=given[f"{at}/noise"][0],
@@ -171,48 +151,7 @@ def _groot() -> list[Sample]:
 
 def pack_inputs(config: ModelConfig, samples: Sequence[Sample], budgets: Budgets | None = None) -> Inputs:
     """Return the inputs of one pack of samples; without budgets, with a little room left."""
-    per_view = config.vision.tokens
-    lengths = np.array([len(each.ids) for each in samples], np.int64)
-    num_images = sum(len(each.images) for each in samples)
-    budgets = budgets or Budgets(tokens=int(lengths.sum()) + 3, images=num_images + 1, samples=len(samples) + 1)
-    laid = layout(lengths, budgets)
-    side, num_samples = config.vision.image_size, budgets.samples
-    images = torch.zeros(budgets.images, side, side, 3)
-    starts = torch.full((budgets.images,), budgets.tokens, dtype=torch.int32)
-    ids = torch.zeros(budgets.tokens, dtype=torch.int32)
-    shape = (num_samples, config.horizon, config.action_dim)
-    action, noise, weight = torch.zeros(shape), torch.zeros(shape), torch.zeros(shape)
-    time, category = torch.zeros(num_samples), torch.zeros(num_samples, dtype=torch.int64)
-    state = torch.zeros(num_samples, getattr(config, "state_dim", 0))
-    used = 0
-    for at, each in enumerate(samples):
-        first = int(laid.cu_seqlens[at])
-        ids[first : first + len(each.ids)] = each.ids
-        places = torch.nonzero(each.ids < 0)[:, 0]
-        for view in range(len(each.images)):
-            images[used] = each.images[view].permute(1, 2, 0)
-            starts[used] = first + int(places[view * per_view])
-            used += 1
-        action[at], noise[at], weight[at] = each.action, each.noise, each.weight
-        time[at], category[at] = each.time, each.category
-        if each.state is not None:
-            state[at] = each.state
-    counted = torch.zeros(num_samples)
-    counted[: len(samples)] = 1
-    return Inputs(
-        images_ISSC=images,
-        image_starts_I=starts,
-        token_ids_T=ids,
-        positions_T=torch.from_numpy(laid.positions),
-        segment_ids_T=torch.from_numpy(laid.segment_ids),
-        cu_seqlens=torch.from_numpy(laid.cu_seqlens),
-        state_BD=state,
-        action_BHA=action,
-        weight_BHA=weight,
-        weight_B=counted,
-        category_B=category,
-        seed_B=torch.arange(num_samples),
-        noise_BHA=noise,
-        time_B=time,
+    tokens, images = sum(len(each.ids) for each in samples), sum(len(each.images) for each in samples)
+    return packed_inputs(
+        config, samples, budgets or Budgets(tokens=tokens + 3, images=images + 1, samples=len(samples) + 1)
     )
-

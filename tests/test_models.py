@@ -10,7 +10,6 @@ import pytest
 import torch
 from goldens import (
     FAMILIES,
-    Sample,
     config_of,
     golden_grads,
     golden_model,
@@ -22,11 +21,13 @@ from goldens import (
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from train.made import Sample, padded_inputs
+from train.models.build import build, config_named
 from train.models.checkpointing import MODES
-from train.models.config import CONFIGS, GrootConfig, ModelConfig, Pi05Config
+from train.models.config import CONFIGS, GrootConfig, ModelConfig
 from train.models.flow import Loss
-from train.models.initial import initialise
 from train.models.inputs import Inputs
+from train.models.padded import padded
 from train.packing import Budgets
 
 ORDERS = list(itertools.permutations(range(3)))
@@ -89,11 +90,15 @@ def test_loss_and_gradients_are_the_goldens(family: str, split: list[list[int]])
     if family == "pi05":
         assert not off
         return
-    # Gradients of cross-attention's queries and of what modulates them are a thousandth of the others', and the
-    # golden's own float32 roundings there are above 1e-5. The float64 gradients judge both.
+    # Gradients of cross-attention's queries and of what modulates them are a thousandth of the others': sums that
+    # nearly cancel, so that float32 itself is 1e-5 to 2e-5 off there, the golden as well as ours. The float64 gradients
+    # judge both.
     exact = exact_grads(family)
     assert off.keys() <= {f"dit.blocks.{at}.{part}" for at in (0, 2) for part in SMALL}
-    assert all(relative(grads[name], exact[name]) < relative(wanted[name], exact[name]) < 2e-5 for name in off)
+    for name in off:
+        assert exact[name].norm() < 1e-2 * exact["dit.blocks.0.kv.weight"].norm()
+        assert relative(wanted[name], exact[name]) < 2e-5
+        assert relative(grads[name], exact[name]) < 2e-5
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -199,7 +204,7 @@ def made_samples(config: ModelConfig, cases: list[tuple[int, int]]) -> list[Samp
         )
         samples.append(
             Sample(
-                images=torch.randn(views, 3, side, side, generator=rng),
+                images=torch.randn(views, side, side, 3, generator=rng),
                 ids=ids,
                 action=action,
                 noise=torch.randn(action.shape, generator=rng),
@@ -260,19 +265,51 @@ def test_a_bound_on_tokens_changes_nothing(family: str) -> None:
     assert torch.equal(model(inputs).sample_B, wanted)
 
 
+# ----------------------------------------------------------------------------------- the published layout, padded
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_the_padded_layout_gives_the_same_loss_and_gradients(attention: Any) -> None:
+    config, samples = config_of("pi05"), golden_samples("pi05")
+    inputs = padded_inputs(config, samples, text=20, views=3)
+    assert len(inputs.images_ISSC) == 9
+    assert len(inputs.token_ids_T) == 3 * (3 * config.vision.tokens + 20)
+    model = golden_model("pi05")
+    model.arrange = padded(attention)
+    loss, grads, _ = run_packs(model, [inputs])
+    assert loss == pytest.approx(golden_loss("pi05"), abs=1e-5)
+    assert all(relative(grads[name], each) < 1e-5 for name, each in golden_grads("pi05").items())
+    with pytest.raises(ValueError, match="more than 1 views"):
+        padded_inputs(config, samples, text=20, views=1)
+
+
+def test_padded_samples_of_groot_see_padding_as_the_published_ones_do() -> None:
+    config, samples, model = config_of("groot_n15"), golden_samples("groot_n15"), golden_model("groot_n15")
+    model.arrange = padded("eager")
+    found = model(padded_inputs(config, samples))
+    wanted = torch.stack([under("groot_n15", "outputs/")[f"{at}/loss"] for at in range(3)])
+    assert (found.sample_B[1:] - wanted[1:]).abs().max() < 1e-5, "the longest have no padding"
+    assert (found.sample_B[0] - wanted[0]).abs() > 1e-4
+
+
 # --------------------------------------------------------------------------------------------- sizes and weights
 
 PUBLISHED = {
     "pi05": {"vision": 412.44, "connector": 2.36, "language": 2508.5, "expert": 427.9 + 2.2},
-    "groot_n15": {"vision": 412.44 + 2.36, "language": 604 + 310.6, "vl": 201.4, "projector": 315.4 + 1.57, "dit": 550.4},
+    "groot_n15": {
+        "vision": 412.44 + 2.36,
+        "language": 604 + 310.6,
+        "vl": 201.4,
+        "projector": 315.4 + 1.57,
+        "dit": 550.4,
+    },
 }
 """Millions of parameters, as the models' authors count them."""
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_published_sizes(family: str) -> None:
-    with torch.device("meta"):
-        model = make(CONFIGS[family])
+    model = build(CONFIGS[family], device="meta")
     found = {
         part: sum(weight.numel() for module in modules for weight in module.parameters()) / 1e6
         for part, modules in model.parts().items()
@@ -289,10 +326,7 @@ def test_published_sizes(family: str) -> None:
 @pytest.mark.parametrize("name", ["pi05_tiny", "groot_n15_tiny"])
 def test_a_model_from_nothing_is_a_function_of_its_seed_and_trains(name: str) -> None:
     config = replace(CONFIGS[name], compute="float32")
-    first, second, other = make(config), make(config), make(config)
-    initialise(first, seed=3)
-    initialise(second, seed=3)
-    initialise(other, seed=4)
+    first, second, other = (build(config, seed=seed) for seed in (3, 3, 4))
     assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
     assert not torch.equal(first.embed.weight, other.embed.weight)
     assert all(each.isfinite().all() for each in first.parameters())
@@ -312,5 +346,6 @@ def test_image_and_head_sizes_that_cannot_be() -> None:
     vision = CONFIGS["pi05"].vision
     with pytest.raises(ValueError, match="multiple of patch"):
         replace(vision, image_size=225)
-    assert isinstance(CONFIGS["pi05"], Pi05Config)
+    with pytest.raises(ValueError, match="there are pi05, groot_n15"):
+        config_named("pi0")
     assert vision.tokens == CONFIGS["pi05_tiny"].vision.tokens == 256

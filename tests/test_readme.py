@@ -1,4 +1,4 @@
-"""What the README and docs/loading.md say is so: their blocks run, their tables are true."""
+"""What the README, docs/loading.md and docs/models.md say is so: their blocks run, their tables are true."""
 
 import ast
 import importlib
@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,11 +17,14 @@ from support import ROOT
 from jobs.bench.__main__ import BENCHES
 from jobs.store import Store
 from lake.schema import EPISODES, FRAMES
+from train.accounting import Sample, step_flops
 from train.batch import ARRAYS, Sizes, empty
+from train.models.config import CONFIGS, Pi05Config
 from train.packing import Budgets
 
 README = (ROOT / "README.md").read_text()
 LOADING = (ROOT / "docs/loading.md").read_text()
+MODELS = (ROOT / "docs/models.md").read_text()
 PACKAGES = ("lake", "ingest", "train", "serve", "jobs")
 
 
@@ -61,7 +65,7 @@ def test_flags_that_it_names_are_those_of_ingest() -> None:
 
 
 def test_documents_that_they_point_to_are_there() -> None:
-    for folder, text in ((ROOT, README), (ROOT / "docs", LOADING)):
+    for folder, text in ((ROOT, README), (ROOT / "docs", LOADING), (ROOT / "docs", MODELS)):
         for target in re.findall(r"\]\(([^)#:]+)\)", text):
             assert (folder / target).exists(), target
 
@@ -85,6 +89,19 @@ def test_the_table_of_a_batch_is_true() -> None:
         array = made.arrays()[name]
         assert array.shape == tuple(sides[side] for side in shape.split(", ")), name
         assert array.dtype.name == dtype, name
+
+
+def test_operations_of_samples_are_as_listed() -> None:
+    rows = re.findall(r"^\| (pi-0.5|GR00T), (.*) \| ([\d.]+) \|$", MODELS, re.MULTILINE)
+    assert len(rows) == 6
+    for model, what, tflop in rows:
+        config = CONFIGS["pi05" if model == "pi-0.5" else "groot_n15"]
+        if isinstance(config, Pi05Config):
+            config = replace(config, horizon=int(re.findall(r"(\d+) actions", what)[0]))
+        frozen = [part for part in ("vision", "language") if "frozen" in what and part in what]
+        tokens = int((re.findall(r"(\d+) tokens", what) or ["564"])[0])
+        sample = Sample(tokens=tokens, images=["one", "two", "three"].index(what.split()[0]) + 1)
+        assert step_flops(config, [sample], frozen=frozen) / 1e12 == pytest.approx(float(tflop), abs=0.005)
 
 
 def test_errors_that_it_lists_are_there() -> None:
@@ -118,7 +135,7 @@ def test_every_block_runs_in_a_fresh_folder(store: Store, tmp_path: Path) -> Non
     assert (tmp_path / "out/demo/contact_sheet.png").stat().st_size > 50_000
     files = s3fs.S3FileSystem(use_listings_cache=False)
     files.put(str(tmp_path / "out/demo/metaworld"), f"{store.bucket}/sources/metaworld", recursive=True)
-    for language, block in blocks(README) + blocks(LOADING):
+    for language, block in blocks(README) + blocks(LOADING) + blocks(MODELS):
         if language == "python":
             (tmp_path / "block.py").write_text(block)
             run("python block.py", tmp_path, environment)

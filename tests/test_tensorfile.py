@@ -2,6 +2,7 @@
 
 import json
 import math
+import resource
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -248,6 +249,18 @@ def test_a_file_has_its_name_only_when_it_is_whole(tmp_path: Path) -> None:
     assert [each.name for each in tmp_path.iterdir()] == ["file"]
 
 
+def test_a_file_that_finds_no_room_for_its_header_leaves_nothing(tmp_path: Path) -> None:
+    header = make_header({"x": ("U8", (1,))}, metadata={"long": "x" * 9000})
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (8192, limits[1]))
+    try:
+        with pytest.raises(OSError, match="File too large"), TensorWriter(tmp_path / "file", header) as writer:
+            writer.write("x", torch.zeros(1, dtype=torch.uint8))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize("keep", [0, 7, 8, 20, -1, -40])
 def test_a_file_that_was_cut_off_is_refused(keep: int, tmp_path: Path) -> None:
     path = tmp_path / "cut.safetensors"
@@ -279,6 +292,20 @@ def test_a_file_with_more_bytes_or_none_at_all_is_refused(tmp_path: Path) -> Non
         open_tensors(tmp_path / "nothing")
     with pytest.raises(CheckpointError, match="has 3 bytes behind its last tensor"):
         open_tensors(assemble(tmp_path / "more", {"x": entry(0, 4)}, b"1234567"))
+
+
+def test_a_file_of_many_gigabytes_is_opened_and_read(tmp_path: Path) -> None:
+    size = (5 << 30) + 4
+    header = json.dumps({"x": entry(0, size), "y": entry(size, size + 2)}).encode()
+    with (tmp_path / "file").open("wb") as file:
+        file.write(len(header).to_bytes(8, "little") + header)
+        # What was never written takes no room on disk.
+        file.seek(size, 1)
+        file.write(b"ab")
+    opened = open_tensors(tmp_path / "file")
+    assert opened.header.data_bytes == size + 2
+    assert bytes(opened.read("y").tolist()) == b"ab"
+    assert opened.read("x", start=size - 2).tolist() == [0, 0]
 
 
 def test_a_header_longer_than_the_library_takes_is_refused_before_it_is_read(tmp_path: Path) -> None:
@@ -333,6 +360,9 @@ def test_all_that_is_wrong_with_tensors_is_named_or_handed_over(tmp_path: Path) 
     assert len(problems) == 25
     assert problems[3] == f"t03 has the unknown dtype 'F4' in {path}"
     assert file.read("fine").tolist() == [0]
+    # The bytes behind the last tensor may be those of one whose place is not known.
+    open_tensors(assemble(tmp_path / "more", {"x": entry(0, 1), "y": []}, b"12"), problems=problems)
+    assert problems[25] == f"y has other fields than dtype, shape and data_offsets in {tmp_path / 'more'}"
 
 
 def test_a_header_of_an_unknown_dtype_is_not_made() -> None:

@@ -38,7 +38,8 @@ def fill(module: nn.Module, theirs: Mapping[str, torch.Tensor], names: dict[str,
     assert weights.keys() == names.keys()
     with torch.no_grad():
         for name, parts in names.items():
-            weights[name].copy_(torch.cat([theirs[each].flatten(1) if each.endswith("embedding.weight") else theirs[each] for each in parts]))
+            whole = torch.cat([theirs[each] for each in parts])
+            weights[name].copy_(whole.reshape(weights[name].shape))
 
 
 def decoder_names(layer: str) -> dict[str, tuple[str, ...]]:

@@ -5,18 +5,22 @@ count nothing. Padding, unused rows and activations computed again count nothing
 them has a lower MFU.
 """
 
+import re
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 
 from train.models.config import GrootConfig, ModelConfig, Pi05Config, VisionConfig
 
 PEAK_FLOPS = {
+    "H100 PCIe": 756e12,
+    "H100 NVL": 835e12,
     "H100": 989e12,
+    "H200 NVL": 835e12,
     "H200": 989e12,
     "A100": 312e12,
     "B200": 2250e12,
 }
-"""Of dense bfloat16 products, by what a device's name contains. Source: NVIDIA's data sheets."""
+"""Of dense bfloat16 products, by words of a device's name; the first that fits counts. Source: NVIDIA's data sheets."""
 
 
 _BEFORE = ("vision", "language", "vl")
@@ -110,7 +114,7 @@ def mfu(flops: float, seconds: float, *, peak: float, devices: int = 1) -> float
 
 def peak_flops(device_name: str) -> float | None:
     """Return the operations per second that a device could do in bfloat16, or None where it is not known."""
-    return next((peak for name, peak in PEAK_FLOPS.items() if name in device_name), None)
+    return next((peak for name, peak in PEAK_FLOPS.items() if re.search(rf"\b{name}\b", device_name)), None)
 
 
 def _vision(config: VisionConfig, images: int, out: int) -> tuple[Part, Part]:

@@ -480,7 +480,7 @@ def _widened(pack: Pack) -> Pack:
 
 def _fill_behind(x: torch.Tensor, cu: torch.Tensor, value: float) -> torch.Tensor:
     """Fill the rows [T, ...] behind the last segment, which kernels leave as they find them."""
-    behind = torch.arange(x.shape[0], device=x.device) >= cu[-1]
+    behind = torch.arange(x.shape[0], device=x.device) >= cu.select(0, -1)
     return x.masked_fill_(behind.view(-1, *[1] * (x.dim() - 1)), value)
 
 

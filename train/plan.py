@@ -74,6 +74,8 @@ class PackConfig:
     """The model whose samples these are."""
     tokenizer: str | None = None
     """Path of the published tokenizer.json; None takes the small one that ships, whose ids fit no published weights."""
+    vocab: int = 32_768
+    """Ids of the small tokenizer are below it; it does not matter where a published one is given."""
     tokens: int = 16_384
     """Of views and text in a pack."""
     images: int = 0
@@ -153,7 +155,7 @@ def make_plan(
             a view that no episode has.
     """
     family = FAMILIES[packs.family]
-    tokenizer = WordTokenizer() if packs.tokenizer is None else load_tokenizer(packs.tokenizer)
+    tokenizer = WordTokenizer(vocab_size=packs.vocab) if packs.tokenizer is None else load_tokenizer(packs.tokenizer)
     table = _chosen(release, order)
     tasks, task_lists = _lists(table.column("tasks"))
     views, view_lists = _lists(table.column("views"))

@@ -167,7 +167,6 @@ class TensorWriter(AbstractContextManager["TensorWriter"]):
 
     def __enter__(self) -> Self:
         self._file = FileIO(self._partial, "xb")
-        self._put(0, memoryview(len(self.header.raw).to_bytes(8, "little") + self.header.raw))
         return self
 
     def write(self, name: str, tensor: torch.Tensor) -> None:
@@ -202,6 +201,8 @@ class TensorWriter(AbstractContextManager["TensorWriter"]):
             if kind is None:
                 if self._left:
                     raise ValueError(f"{self._path} lacks {listed(list(self._left))}; write each tensor")
+                # Last, as an error on entering the block would leave what was begun.
+                self._put(0, memoryview(len(self.header.raw).to_bytes(8, "little") + self.header.raw))
                 os.fsync(self._file.fileno())
                 self._partial.replace(self._path)
                 sync_folder(self._path.parent)
@@ -242,13 +243,17 @@ def open_tensors(path: Path, *, problems: list[str] | None = None) -> TensorFile
                 f"{MAX_HEADER_BYTES}, or none; it is no safetensors file, or was cut off"
             )
         raw = file.read(length)
-    header = parse_header(raw, where=str(path), problems=problems)
+    found: list[str] = []
+    header = parse_header(raw, where=str(path), problems=None if problems is None else found)
     extent = 8 + length + header.data_bytes
     if size < extent:
         cut = next(name for name, entry in header.tensors.items() if 8 + length + entry.end > size)
         raise CheckpointError(f"{path} was cut off in {cut}: it has {size} of {extent} bytes; get it again")
-    if size > extent:
+    # Where a tensor's place is not known, it may be there.
+    if size > extent and not found:
         raise CheckpointError(f"{path} has {size - extent} bytes behind its last tensor; get it again")
+    if problems is not None:
+        problems += found
     return TensorFile(path=path, header=header)
 
 
@@ -366,16 +371,19 @@ def _entry_of(value: object) -> Entry | str:
     if not isinstance(value, dict) or value.keys() != {"dtype", "shape", "data_offsets"}:
         return "other fields than dtype, shape and data_offsets"
     dtype, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
-    if not isinstance(dtype, str) or not _are_sizes(shape) or not _are_sizes(offsets) or len(offsets) != 2:
+    can_be = isinstance(dtype, str) and _are_sizes(shape) and _can_be_held(shape) and _are_sizes(offsets)
+    if not can_be or len(offsets) != 2:
         return f"a dtype, shape or data_offsets that cannot be: {dtype!r}, {shape!r}, {offsets!r}"[:200]
     return Entry(dtype=dtype, shape=tuple(shape), start=offsets[0], end=offsets[1])
 
 
 def _are_sizes(values: object) -> bool:
+    return isinstance(values, list) and all(type(each) is int and 0 <= each < 1 << 63 for each in values)
+
+
+def _can_be_held(shape: list[int]) -> bool:
     # Also of a tensor without elements the other dimensions have to be such that torch can hold it.
-    if not isinstance(values, list) or not all(type(each) is int and 0 <= each < 1 << 63 for each in values):
-        return False
-    return math.prod(max(1, each) for each in values[:64]) < 1 << 63 and len(values) <= 64
+    return len(shape) <= 64 and math.prod(max(1, each) for each in shape) < 1 << 63
 
 
 def _wrong_with(name: str, entry: Entry) -> list[str]:

@@ -12,8 +12,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import tyro
-
+from jobs import plain
 from jobs.command import expand
 from lake.errors import RobolakeError
 
@@ -22,6 +21,7 @@ BENCHES = {
     "discover": "discovery and anti-join of a million episodes: seconds, memory, the committer's rate",
     "ingest": "frames/s of a whole ingestion over a bare loop of decode, resize, JPEG",
     "loader": "samples/s of the loader over LeRobot's own, and the share of the JPEG decoder's rate",
+    "model": "a training step of pi-0.5 or GR00T N1.5: packed over padded, compiled, by precision",
     "order": "planning of training over a billion frames: start, memory, samples/s on one core, shuffle",
     "packing": "fill of packs for mixtures of cameras, beside padding and first-fit",
     "scan": "random frames from a lake over PyAV from the source's videos",
@@ -36,6 +36,9 @@ PACKAGES = (
     "opencv-python-headless",
     "simplejpeg",
     "torch",
+    "torchao",
+    "transformer-engine",
+    "flash-attn",
     "torchcodec",
     "decord",
     "s3fs",
@@ -51,7 +54,7 @@ def main() -> None:
         print("\n".join(f"  {name:<10} {what}" for name, what in BENCHES.items()))
         sys.exit(0 if name in ("-h", "--help") else 2)
     module = importlib.import_module(f"jobs.bench.{name}")
-    config = tyro.cli(module.Config, args=expand(sys.argv[2:]), prog=f"python -m jobs.bench {name}")
+    config = _parsed(module.Config, expand(sys.argv[2:]), f"python -m jobs.bench {name}")
     try:
         result = module.run(config)
     except (RobolakeError, ValueError) as error:
@@ -73,6 +76,15 @@ def main() -> None:
     print(json.dumps(report | {"rows": str(path)}, default=str))
 
 
+def _parsed(config: type[Any], arguments: list[str], prog: str) -> Any:
+    """Read flags by tyro, or more plainly on a machine that has only what a model needs."""
+    try:
+        tyro = importlib.import_module("tyro")
+    except ImportError:
+        return plain.parse(config, arguments, prog=prog)
+    return tyro.cli(config, args=arguments, prog=prog)
+
+
 def hardware() -> dict[str, Any]:
     """Return what the numbers were measured on."""
     try:
@@ -83,7 +95,17 @@ def hardware() -> dict[str, Any]:
         (line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine()
     )
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return {"cpu": model, "cores": len(os.sched_getaffinity(0)), "memory_gib": round(memory / 2**30, 1)}
+    return _gpu() | {"cpu": model, "cores": len(os.sched_getaffinity(0)), "memory_gib": round(memory / 2**30, 1)}
+
+
+def _gpu() -> dict[str, str]:
+    """Return the GPU's name and driver, where there is one."""
+    query = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"]
+    try:
+        done = subprocess.run(query, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return {}
+    return {"gpu": done.stdout.strip()}
 
 
 def versions() -> dict[str, str]:

@@ -1,44 +1,20 @@
 """Measure how full packs are, beside first-fit and beside padding."""
 
 import sys
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from lake import Lake
-from train.lanes import Costs, Stream
-from train.order import SourceFrames, mixture, weights_by_size
-from train.packing import Budgets, Kind, budgets_for
-from train.tokens import FAMILIES, Family, WordTokenizer, padded_tokens, sample_costs
+from jobs.bench.mixtures import MIXTURES, costs_of, made, of_lake, stream_of
+from train.lanes import Stream
+from train.order import weights_by_size
+from train.packing import Budgets
+from train.tokens import FAMILIES, Family, padded_tokens
 
 Ints = npt.NDArray[np.int64]
 
-_WORDS = (
-    *(
-        "pick",
-        "place",
-        "push",
-        "open",
-        "close",
-        "fold",
-        "pour",
-        "wipe",
-        "the",
-        "red",
-        "green",
-        "small",
-        "left",
-        "right",
-    ),
-    *("cup", "bowl", "plate", "drawer", "microwave", "towel", "bottle", "into", "from", "onto", "carefully", "and"),
-)
-_NUM_TASKS, _TASK_WORDS = 200, (2, 16)
-_CAMERAS = ((1, 7), (2, 14), (3, 26))
-"""Views, and dimensions of the state, of the made sources."""
-_MIXTURES = {"40/40/20": (0.4, 0.4, 0.2), "60/30/10": (0.6, 0.3, 0.1)}
 _TOKENS = (16_384, 8_192)
 _SEED = 0
 
@@ -58,31 +34,22 @@ class Config:
     """Windows of each mixture that are packed."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Episodes:
-    """What the metadata of one source say of its episodes; arrays are [E]."""
-
-    name: str
-    lengths: Ints
-    views: Ints
-    state_dims: Ints
-    tasks: Sequence[Sequence[str]]
-
-
 def run(config: Config) -> dict[str, Any]:
     """Return {"what", "numbers", "rows"}."""
     if config.lake:
-        sources = _of_lake(config.lake)
+        sources = of_lake(config.lake)
         mixtures = {"by size": tuple(weights_by_size([int(each.lengths.sum()) for each in sources]))}
     else:
-        sources, mixtures = _made(config.episodes), _MIXTURES
+        sources, mixtures = made(config.episodes), MIXTURES
     rows: list[dict[str, Any]] = []
     for family in FAMILIES:
-        costs = [_costs(FAMILIES[family], each) for each in sources]
+        costs = [costs_of(FAMILIES[family], each) for each in sources]
         for tokens in _TOKENS:
             for name, shares in mixtures.items():
                 row = {"family": family, "budget_tokens": tokens, "mixture": name}
-                rows.append(row | _measured(FAMILIES[family], _stream(sources, costs, shares, tokens), config.windows))
+                rows.append(
+                    row | _measured(FAMILIES[family], stream_of(sources, costs, shares, tokens), config.windows)
+                )
                 print(rows[-1], file=sys.stderr, flush=True)
     main = [row for row in rows if row["family"] == "pi05" and row["budget_tokens"] == _TOKENS[0]]
     numbers: dict[str, Any] = {key: min(row[key] for row in main) for key in ("fill_tokens", "fill_images")}
@@ -91,73 +58,6 @@ def run(config: Config) -> dict[str, Any]:
             key: value for key, value in row.items() if key not in ("family", "budget_tokens", "mixture")
         }
     return {"what": "fill of packs, beside first-fit and padding", "numbers": numbers, "rows": rows}
-
-
-def _made(num_episodes: int) -> list[Episodes]:
-    rng = np.random.default_rng(_SEED)
-    sources: list[Episodes] = []
-    for views, state_dim in _CAMERAS:
-        texts = [[" ".join(rng.choice(_WORDS, rng.integers(*_TASK_WORDS)))] for _ in range(_NUM_TASKS)]
-        sources.append(
-            Episodes(
-                name=f"{views} cameras",
-                lengths=rng.integers(80, 600, num_episodes),
-                views=np.full(num_episodes, views),
-                state_dims=np.full(num_episodes, state_dim),
-                tasks=[texts[at] for at in rng.integers(0, _NUM_TASKS, num_episodes)],
-            )
-        )
-    return sources
-
-
-def _of_lake(uri: str) -> list[Episodes]:
-    columns = ["source", "num_frames", "views", "tasks", "state_dim"]
-    table = Lake(uri).release().episodes(columns=columns).to_pydict()
-    names = np.array(table["source"])
-    sources: list[Episodes] = []
-    for name in sorted(set(table["source"])):
-        mine = np.flatnonzero(names == name).tolist()
-        sources.append(
-            Episodes(
-                name=name,
-                lengths=np.array([table["num_frames"][at] for at in mine], np.int64),
-                views=np.array([len(table["views"][at] or ()) for at in mine], np.int64),
-                state_dims=np.array([table["state_dim"][at] or 0 for at in mine], np.int64),
-                tasks=[table["tasks"][at] or [] for at in mine],
-            )
-        )
-    return sources
-
-
-def _costs(family: Family, episodes: Episodes) -> Costs:
-    return sample_costs(
-        family,
-        task_texts=episodes.tasks,
-        num_views=episodes.views,
-        state_dim=episodes.state_dims,
-        tokenizer=WordTokenizer(),
-    )
-
-
-def _stream(sources: Sequence[Episodes], costs: Sequence[Costs], shares: Sequence[float], tokens: int) -> Stream:
-    frames = [
-        SourceFrames(name=each.name, lengths=each.lengths, weight=share)
-        for each, share in zip(sources, shares, strict=True)
-    ]
-    kinds: list[Kind] = []
-    for source, cost, share in zip(sources, costs, shares, strict=True):
-        for views in np.unique(source.views):
-            lengths = source.lengths * (source.views == views)
-            part = lengths.sum() / source.lengths.sum()
-            if share * part:
-                mean = float((cost.tokens * lengths).sum() / lengths.sum())
-                kinds.append(Kind(share=float(share * part), tokens=mean, images=int(views)))
-    return Stream(
-        order=mixture(frames, seed=_SEED),
-        costs=tuple(costs),
-        budgets=budgets_for(kinds, tokens=tokens),
-        num_lanes=1,
-    )
 
 
 def _measured(family: Family, stream: Stream, num_windows: int) -> dict[str, Any]:

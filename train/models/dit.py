@@ -4,6 +4,7 @@ Shapes: T tokens of images and text, B samples, R tokens of a sample's action st
 n1.5, model/action_head/cross_attention_dit.py, and the parts of diffusers that it uses.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -12,7 +13,7 @@ from torch import nn
 
 from train.models.blocks import ExactLinear, LayerNorm, Linear, log_spaced, sinusoids, wide, wide_type
 from train.models.inputs import dropout
-from train.models.packed import Segments
+from train.models.packed import Attention
 
 _TIME_FEATURES = 256
 
@@ -22,21 +23,20 @@ class Dropout:
     """Dropout of one block in training, keyed by rows; a block has four places for it."""
 
     seeds: torch.Tensor
-    """int64 [T], or [B, R]: of each row."""
-    block: int
+    """int64 [T], or [B, R]: of each row in this block."""
     probability: float
 
     def attention(self, x: torch.Tensor) -> torch.Tensor:
         """Drop elements of attention's output, which the published model does twice in a row."""
-        return dropout(x, self.seeds, 4 * self.block, 1 - (1 - self.probability) ** 2)
+        return dropout(x, self.seeds, 0, 1 - (1 - self.probability) ** 2)
 
     def hidden(self, x: torch.Tensor) -> torch.Tensor:
         """Drop elements within the perceptron."""
-        return dropout(x, self.seeds, 4 * self.block + 1, self.probability)
+        return dropout(x, self.seeds, 1, self.probability)
 
     def output(self, x: torch.Tensor) -> torch.Tensor:
         """Drop elements of the perceptron's output."""
-        return dropout(x, self.seeds, 4 * self.block + 2, self.probability)
+        return dropout(x, self.seeds, 2, self.probability)
 
 
 class FeedForward(nn.Module):
@@ -67,7 +67,7 @@ class VlBlock(nn.Module):
         self.norm2 = LayerNorm(size)
         self.ff = FeedForward(size)
 
-    def forward(self, x_TN: torch.Tensor, segments: Segments, drop: Dropout | None) -> torch.Tensor:
+    def forward(self, x_TN: torch.Tensor, segments: Attention, drop: Dropout | None) -> torch.Tensor:
         """Return [T, N] from [T, N]."""
         q, k, v = self.qkv(self.norm1(x_TN)).unflatten(-1, (3, self.heads, -1)).unbind(1)
         mixed = self.out(segments.attend(q, k, v).flatten(1))
@@ -112,7 +112,7 @@ class DitBlock(nn.Module):
         self,
         x_BRN: torch.Tensor,
         time_BN: torch.Tensor,
-        vl: tuple[torch.Tensor, Segments],
+        vl: tuple[torch.Tensor, Attention],
         drop: Dropout | None,
     ) -> torch.Tensor:
         """Return [B, R, N].
@@ -127,7 +127,7 @@ class DitBlock(nn.Module):
         x_BRN = x_BRN + (mixed if drop is None else drop.attention(mixed))
         return x_BRN + self.ff(self.norm2(x_BRN), drop)
 
-    def _cross(self, y_BRN: torch.Tensor, vl_TN: torch.Tensor, segments: Segments) -> torch.Tensor:
+    def _cross(self, y_BRN: torch.Tensor, vl_TN: torch.Tensor, segments: Attention) -> torch.Tensor:
         q = self.q(y_BRN).flatten(0, 1).unflatten(-1, (self.heads, -1))
         k, v = self.kv(vl_TN).unflatten(-1, (2, self.heads, -1)).unbind(1)
         return segments.attend(q, k, v).reshape(y_BRN.shape)
@@ -154,19 +154,19 @@ class Dit(nn.Module):
         self,
         x_BRN: torch.Tensor,
         step_B: torch.Tensor,
-        vl: tuple[torch.Tensor, Segments],
-        drop: tuple[torch.Tensor, float] | None,
+        vl: tuple[torch.Tensor, Attention],
+        drop: tuple[Sequence[torch.Tensor], float] | None,
     ) -> torch.Tensor:
         """Return [B, R, out].
 
         Args:
             step_B: the time's integer step.
             vl: images and text, and which rows attend to which.
-            drop: seeds [B, R] and probability of dropout.
+            drop: seeds [B, R] of each block, and probability of dropout.
         """
         time_BN = self.time(step_B, wide_type(x_BRN.dtype))
         for at, block in enumerate(self.blocks):
-            each = None if drop is None else Dropout(seeds=drop[0], block=at, probability=drop[1])
+            each = None if drop is None else Dropout(seeds=drop[0][at], probability=drop[1])
             x_BRN = block(x_BRN, time_BN, vl, each)
         shift, scale = self.modulation(F.silu(time_BN))[:, None].chunk(2, dim=-1)
         return self.out((wide(self.norm(x_BRN)) * (1 + scale) + shift).to(x_BRN.dtype))

@@ -7,31 +7,15 @@ Shapes: T tokens of images and text, B samples, H actions of a chunk, N features
 head. Source: openpi, models_pytorch/gemma_pytorch.py.
 """
 
-from typing import Protocol
-
 import torch
 from torch import nn
 
 from train.models.blocks import AdaRmsNorm, GatedMlp, Linear, RmsNorm, Rotary
 from train.models.config import Pi05Config
+from train.models.packed import KeysValues, Layout
 
 THETA = 10_000.0
 """Of the rotary positions."""
-
-KeysValues = tuple[torch.Tensor, torch.Tensor]
-"""Of one layer, keys rotated: [T, K, D] each."""
-
-
-class Layout(Protocol):
-    """How the tokens of the samples lie, which is all that attention has to know."""
-
-    def prefix(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        """Return what images and text gather from themselves: [T, heads, D]."""
-        ...
-
-    def suffix(self, q: torch.Tensor, before: KeysValues, own: KeysValues) -> torch.Tensor:
-        """Return what actions gather from images, text and actions of their sample: [B H, heads, D]."""
-        ...
 
 
 class PrefixLayer(nn.Module):

@@ -26,7 +26,7 @@ from train.models.config import GrootConfig
 from train.models.dit import Dit, Dropout, VlBlock
 from train.models.flow import Loss, squared_error
 from train.models.inputs import Inputs, row_seeds
-from train.models.packed import Packed, packed
+from train.models.packed import Arrange, Pack, embed, packed
 from train.models.qwen3 import THETA, Qwen3Layer
 from train.models.siglip import Siglip
 
@@ -75,6 +75,7 @@ class Groot(nn.Module):
         super().__init__()
         self.config, self.max_tokens = config, max_tokens
         self.run: Run = plainly
+        self.arrange: Arrange = packed
         width, dit_width, categories = config.width, config.dit_width, config.categories
         self.vision = Siglip(config.vision)
         self.connector = ExactLinear(config.vision.width, width)
@@ -87,9 +88,7 @@ class Groot(nn.Module):
         self.action_encoder = ActionEncoder(categories, config.action_dim, dit_width)
         self.position = Embedding(config.positions, dit_width)
         self.future = Embedding(config.future_tokens, dit_width)
-        self.dit = Dit(
-            dit_width, heads=config.dit_heads, layers=config.dit_layers, other=width, out=config.hidden
-        )
+        self.dit = Dit(dit_width, heads=config.dit_heads, layers=config.dit_layers, other=width, out=config.hidden)
         self.action_decoder = CategoryMlp(categories, config.hidden, config.hidden, config.action_dim)
 
     def parts(self) -> dict[str, list[nn.Module]]:
@@ -104,7 +103,7 @@ class Groot(nn.Module):
 
     def forward(self, inputs: Inputs) -> Loss:
         """Return the loss of a pack."""
-        pack = packed(inputs, self.max_tokens)
+        pack = self.arrange(inputs, self.max_tokens)
         vl_TN = self.attend(pack, self.backbone(pack))
         # Time runs from noise at 0 to data at 1.
         mix_B11 = inputs.time_B[:, None, None]
@@ -122,7 +121,7 @@ class Groot(nn.Module):
             steps: from noise to actions; None takes the model's.
         """
         steps = steps or self.config.sampling_steps
-        pack = packed(inputs, self.max_tokens)
+        pack = self.arrange(inputs, self.max_tokens)
         vl_TN = self.attend(pack, self.backbone(pack))
         actions_BHA = inputs.noise_BHA
         for step in range(steps):
@@ -130,30 +129,28 @@ class Groot(nn.Module):
             actions_BHA = actions_BHA + self.velocity(actions_BHA, step_B, (pack, vl_TN)) / steps
         return actions_BHA
 
-    def backbone(self, pack: Packed) -> torch.Tensor:
+    def backbone(self, pack: Pack) -> torch.Tensor:
         """Return what the vision-language model makes of images and text: [T, N]."""
         images_IPN = self.connector(self.vision(pack.inputs.images_ISSC, self._dtype))
-        x_TN = pack.embed(self.embed, images_IPN)
+        x_TN = embed(pack.inputs, self.embed, images_IPN)
         turns = rotary(pack.inputs.positions_T, self.config.head_dim, THETA)
         segments = pack.segments()
         for layer in self.language:
             x_TN = self.run(layer, x_TN, turns, segments)
         return self.norm(x_TN)
 
-    def attend(self, pack: Packed, features_TN: torch.Tensor) -> torch.Tensor:
+    def attend(self, pack: Pack, features_TN: torch.Tensor) -> torch.Tensor:
         """Return what the action head's self-attention makes of the backbone's features: [T, N]."""
         x_TN, segments = self.vl_norm(features_TN), pack.segments()
         inputs = pack.inputs
-        seeds_T = self._seeds(inputs, inputs.segment_ids_T, inputs.positions_T, self.vl_norm)
+        seeds_T = self._seeds(inputs.seed_B, inputs.segment_ids_T, inputs.positions_T, self.vl)
         for at, block in enumerate(self.vl):
-            # Behind the blocks of the diffusion transformer, whose dropout is another.
-            number = self.config.dit_layers + at
-            drop = None if seeds_T is None else Dropout(seeds=seeds_T, block=number, probability=self.config.dropout)
+            drop = None if seeds_T is None else Dropout(seeds=seeds_T[at], probability=self.config.dropout)
             x_TN = self.run(block, x_TN, segments, drop)
         return x_TN
 
     def velocity(
-        self, noisy_BHA: torch.Tensor, step_B: torch.Tensor, context: tuple[Packed, torch.Tensor]
+        self, noisy_BHA: torch.Tensor, step_B: torch.Tensor, context: tuple[Pack, torch.Tensor]
     ) -> torch.Tensor:
         """Return the predicted velocity, towards data: float32 [B, H, A]."""
         pack, vl_TN = context
@@ -167,7 +164,7 @@ class Groot(nn.Module):
         x_BRN = torch.cat([state_B1N, future_BFN, action_BHN], dim=1)
         samples_BR = torch.arange(len(step_B), device=step_B.device)[:, None].expand(x_BRN.shape[:2])
         rows_BR = torch.arange(x_BRN.shape[1], device=step_B.device).expand(x_BRN.shape[:2])
-        seeds_BR = self._seeds(inputs, samples_BR, rows_BR, self.dit.out)
+        seeds_BR = self._seeds(inputs.seed_B, samples_BR, rows_BR, self.dit.blocks)
         drop = None if seeds_BR is None else (seeds_BR, config.dropout)
         x_BRN = self.dit(x_BRN, step_B, (vl_TN, pack.from_stream(config.action_tokens)), drop)
         # Only actions are decoded.
@@ -175,13 +172,14 @@ class Groot(nn.Module):
         return wide(self.action_decoder(actions_BHN[order_B], groups)[inverse_B])
 
     def _seeds(
-        self, inputs: Inputs, samples: torch.Tensor, rows: torch.Tensor, within: nn.Module
-    ) -> torch.Tensor | None:
-        """Return the seeds of rows for dropout in training; None where what it is within is frozen."""
-        is_trained = any(weight.requires_grad for weight in within.parameters())
+        self, seed_B: torch.Tensor, samples: torch.Tensor, rows: torch.Tensor, blocks: nn.ModuleList
+    ) -> list[torch.Tensor] | None:
+        """Return the seeds of rows in each block for dropout in training; None where the blocks are frozen."""
+        is_trained = any(weight.requires_grad for weight in blocks.parameters())
         if not (self.training and is_trained and self.config.dropout):
             return None
-        return row_seeds(inputs.seed_B, samples, rows)
+        first = 0 if blocks is self.vl else len(self.vl)
+        return [row_seeds(seed_B, samples, rows, salt=first + at) for at in range(len(blocks))]
 
     @property
     def _dtype(self) -> torch.dtype:

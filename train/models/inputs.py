@@ -57,9 +57,7 @@ class Inputs:
         return Inputs(**{each.name: getattr(self, each.name).to(device, non_blocking=True) for each in fields(self)})
 
 
-def inputs_of(
-    batch: Batch, config: ModelConfig, *, categories: tuple[int, ...] | None = None, draw: int = 0
-) -> Inputs:
+def inputs_of(batch: Batch, config: ModelConfig, *, categories: tuple[int, ...] | None = None, draw: int = 0) -> Inputs:
     """Return what a model takes of a batch of tensors, on their device.
 
     Args:
@@ -145,7 +143,7 @@ def dropout(x_TN: torch.Tensor, seed_T: torch.Tensor, salt: int, probability: fl
 
     Args:
         seed_T: int64 of 32 bits.
-        salt: of the place in the model.
+        salt: of the place in the layer.
     """
     features = torch.arange(x_TN.shape[-1], device=x_TN.device) * 0x1E3779B1 + salt * 0x5BD1E995
     words = _hash32(seed_T[..., None] ^ (features & 0xFFFFFFFF))
@@ -153,14 +151,15 @@ def dropout(x_TN: torch.Tensor, seed_T: torch.Tensor, salt: int, probability: fl
     return x_TN * (kept * (1 / (1 - probability))).to(x_TN.dtype)
 
 
-def row_seeds(seed_B: torch.Tensor, sample_T: torch.Tensor, positions_T: torch.Tensor) -> torch.Tensor:
-    """Return a seed of each row from its sample's and its position: int64 of 32 bits [T].
+def row_seeds(seed_B: torch.Tensor, samples: torch.Tensor, positions: torch.Tensor, *, salt: int) -> torch.Tensor:
+    """Return a seed of each row from its sample's and its position, in the shape of these: int64 of 32 bits.
 
     Args:
-        sample_T: of each row; rows of none have B.
+        samples: of each row; rows of none have B.
+        salt: of the layer.
     """
     padded = torch.cat([seed_B, seed_B.new_zeros(1)])
-    return _hash32(padded[sample_T] ^ (positions_T.long() * 0x1E3779B1 & 0xFFFFFFFF))
+    return _hash32(_hash32(padded[samples] ^ salt) ^ (positions.long() * 0x1E3779B1 & 0xFFFFFFFF))
 
 
 def _hash32(words: torch.Tensor) -> torch.Tensor:

@@ -157,7 +157,9 @@ def _patches(theirs: str, config: VisionConfig) -> _Shapes:
 
 
 def _vision(ours: str, theirs: str, config: VisionConfig) -> _Names:
-    names = _whole({f"{ours}.patch": f"{theirs}.embeddings.patch_embedding", f"{ours}.norm": f"{theirs}.post_layernorm"})
+    names = _whole(
+        {f"{ours}.patch": f"{theirs}.embeddings.patch_embedding", f"{ours}.norm": f"{theirs}.post_layernorm"}
+    )
     names[f"{ours}.position.weight"] = (f"{theirs}.embeddings.position_embedding.weight",)
     for at in range(config.layers):
         mine, its = f"{ours}.layers.{at}", f"{theirs}.encoder.layers.{at}"

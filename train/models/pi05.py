@@ -14,9 +14,9 @@ from train.models.blocks import AdaRmsNorm, Embedding, ExactLinear, Rotary, rota
 from train.models.checkpointing import Run, plainly
 from train.models.config import Pi05Config
 from train.models.flow import Loss, squared_error
-from train.models.gemma import THETA, ExpertLayer, KeysValues, LastPrefixLayer, Layout, PrefixLayer
+from train.models.gemma import THETA, ExpertLayer, LastPrefixLayer, PrefixLayer
 from train.models.inputs import Inputs
-from train.models.packed import JointLayout, Packed, joint_layout, packed
+from train.models.packed import Arrange, KeysValues, Layout, Pack, embed, packed
 from train.models.siglip import Siglip
 
 _MIN_PERIOD, _MAX_PERIOD = 4e-3, 4.0
@@ -34,6 +34,7 @@ class Pi05(nn.Module):
         super().__init__()
         self.config, self.max_tokens = config, max_tokens
         self.run: Run = plainly
+        self.arrange: Arrange = packed
         self.vision = Siglip(config.vision)
         self.connector = ExactLinear(config.vision.width, config.width)
         self.embed = Embedding(config.vocab, config.width)
@@ -57,8 +58,8 @@ class Pi05(nn.Module):
 
     def forward(self, inputs: Inputs) -> Loss:
         """Return the loss of a pack."""
-        pack = packed(inputs, self.max_tokens)
-        layout = joint_layout(pack, self.config.horizon)
+        pack = self.arrange(inputs, self.max_tokens)
+        layout = pack.joint(self.config.horizon)
         memory = self.remember(pack, layout)
         # Time runs from data at 0 to noise at 1.
         mix_B11 = inputs.time_B[:, None, None]
@@ -75,8 +76,8 @@ class Pi05(nn.Module):
             steps: from noise to actions; None takes the model's.
         """
         steps = steps or self.config.sampling_steps
-        pack = packed(inputs, self.max_tokens)
-        layout = joint_layout(pack, self.config.horizon)
+        pack = self.arrange(inputs, self.max_tokens)
+        layout = pack.joint(self.config.horizon)
         memory = self.remember(pack, layout)
         actions_BHA = inputs.noise_BHA
         for step in range(steps):
@@ -84,10 +85,10 @@ class Pi05(nn.Module):
             actions_BHA = actions_BHA - self.velocity(actions_BHA, time_B, (pack, layout, memory)) / steps
         return actions_BHA
 
-    def remember(self, pack: Packed, layout: Layout) -> list[KeysValues]:
+    def remember(self, pack: Pack, layout: Layout) -> list[KeysValues]:
         """Return the keys and values of images and text, layer by layer."""
         images_IPN = self.connector(self.vision(pack.inputs.images_ISSC, self._dtype))
-        x_TN = pack.embed(self.embed, images_IPN, scale=math.sqrt(self.config.width))
+        x_TN = embed(pack.inputs, self.embed, images_IPN, scale=math.sqrt(self.config.width))
         turns = rotary(pack.inputs.positions_T, self.config.head_dim, THETA)
         memory: list[KeysValues] = []
         for layer in self.language:
@@ -96,7 +97,7 @@ class Pi05(nn.Module):
         return [*memory, self.last(x_TN, turns)]
 
     def velocity(
-        self, noisy_BHA: torch.Tensor, time_B: torch.Tensor, context: tuple[Packed, JointLayout, list[KeysValues]]
+        self, noisy_BHA: torch.Tensor, time_B: torch.Tensor, context: tuple[Pack, Layout, list[KeysValues]]
     ) -> torch.Tensor:
         """Return the predicted velocity, towards noise: float32 [B, H, A]."""
         pack, layout, memory = context
@@ -108,10 +109,10 @@ class Pi05(nn.Module):
         x_BHN, _ = self.norm(x_BHN, condition_BN)
         return self.action_out(wide(x_BHN))
 
-    def _turns(self, pack: Packed) -> Rotary:
+    def _turns(self, pack: Pack) -> Rotary:
         """Return the rotations of actions, whose positions go on behind text."""
-        steps_H = torch.arange(self.config.horizon, device=pack.cu_B1.device)
-        return rotary((pack.lengths_B[:, None] + steps_H).flatten(), self.config.head_dim, THETA)
+        steps_H = torch.arange(self.config.horizon, device=pack.lengths.device)
+        return rotary((pack.lengths[:, None] + steps_H).flatten(), self.config.head_dim, THETA)
 
     def _condition(self, time_B: torch.Tensor) -> torch.Tensor:
         fraction = torch.linspace(0, 1, self.config.expert_width // 2, device=time_B.device, dtype=torch.float64)

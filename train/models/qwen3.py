@@ -8,7 +8,7 @@ from torch import nn
 
 from train.models.blocks import GatedMlp, Linear, RmsNorm, Rotary
 from train.models.config import GrootConfig
-from train.models.packed import Segments
+from train.models.packed import Attention
 
 THETA = 1_000_000.0
 """Of the rotary positions."""
@@ -28,7 +28,7 @@ class Qwen3Layer(nn.Module):
         self.norm2 = RmsNorm(config.width)
         self.mlp = GatedMlp(config.width, config.mlp, "silu")
 
-    def forward(self, x_TN: torch.Tensor, rotary: Rotary, segments: Segments) -> torch.Tensor:
+    def forward(self, x_TN: torch.Tensor, rotary: Rotary, segments: Attention) -> torch.Tensor:
         """Return [T, N] from [T, N]."""
         qkv = self.qkv(self.norm1(x_TN)).unflatten(-1, (sum(self.split), -1))
         q, k, v = qkv.split(self.split, dim=1)

@@ -52,7 +52,7 @@ class Siglip(nn.Module):
         pixels = images_ISSC.float() / 127.5 - 1 if images_ISSC.dtype == torch.uint8 else wide(images_ISSC)
         side, patch = self.config.image_size // self.config.patch, self.config.patch
         patches = pixels.unflatten(2, (side, patch)).unflatten(1, (side, patch))
-        patches = patches.permute(0, 1, 3, 5, 2, 4).reshape(len(pixels), side * side, -1)
+        patches = patches.permute(0, 1, 3, 5, 2, 4).flatten(3).flatten(1, 2)
         x = (self.patch(patches) + wide(self.position.weight)).to(dtype)
         for layer in self.layers:
             x = layer(x)
