@@ -17,11 +17,14 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 from torch.nn.attention import varlen
 
 from train import attention
-from train.attention import Pack, backend_for, checked, varlen_attn
+from train import attention_kernels as kernels
+from train import attention_reference as reference
+from train.attention import backend_for, varlen_attn
+from train.attention_pack import Pack, checked, empty_outputs
 
 Tensors = tuple[torch.Tensor, ...]
 
-any_speed = settings(deadline=None, max_examples=60)
+any_speed = settings(deadline=None, max_examples=50)
 HEADS = [(8, 1), (4, 2), (4, 4)]
 FEATURES = [48, 64, 72, 128, 256]
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -137,10 +140,10 @@ def test_it_equals_a_dense_softmax_and_what_lies_behind_is_zero(case: Case) -> N
         assert not each[case.cu(at)[-1] :].any(), "and not NaN, which is what the rows there hold"
 
 
-@pytest.mark.parametrize("heads", HEADS)
+@pytest.mark.parametrize("heads", [(2, 1), (2, 2)])
 def test_causal_segments_that_are_computed_in_blocks(heads: tuple[int, int]) -> None:
     case = Case(lengths=[(300, 300), (270, 340), (400, 265), (20, 20)], heads=heads, causal=True, behind=2)
-    assert max(queries for queries, _ in case.lengths) > 2 * attention._BLOCK
+    assert max(queries for queries, _ in case.lengths) > 2 * reference._BLOCK
     tensors = case.tensors()
     assert_close(computed(case, tensors), expected(case, tensors), 2e-5)
 
@@ -188,11 +191,11 @@ def test_runs_hold_each_pair_once_and_join_what_is_alike(case: Case) -> None:
     pack = case.pack()
     cu_q, cu_k = case.cu(0), case.cu(1)
     pairs = torch.zeros((cu_q[-1], cu_k[-1]), dtype=torch.int64)
-    runs = attention._runs(cu_q, cu_k, num_heads=case.heads[0], causal=case.causal)
+    runs = reference._runs(cu_q, cu_k, num_heads=case.heads[0], causal=case.causal)
     for run in runs:
         within = torch.ones((run.i, run.j), dtype=torch.bool)
         if case.causal:
-            within &= attention._hidden(run, torch.zeros(()))[:, 0] == 0
+            within &= reference._hidden(run, torch.zeros(()))[:, 0] == 0
         assert within.any(1).all(), "every query sees a key"
         for at in range(run.n):
             q_start, k_start = run.q_start + at * run.i, run.k_start + at * run.j
@@ -203,17 +206,16 @@ def test_runs_hold_each_pair_once_and_join_what_is_alike(case: Case) -> None:
 
 def test_runs_stay_small_enough_for_a_cache() -> None:
     cu = list(range(0, 200 * 41, 200))
-    runs = attention._runs(cu, cu, num_heads=8, causal=False)
+    runs = reference._runs(cu, cu, num_heads=8, causal=False)
     assert [each.n for each in runs] == [3] * 13 + [1]
-    assert all(each.n * 8 * each.i * each.j <= attention._MERGED for each in runs)
+    assert all(each.n * 8 * each.i * each.j <= reference._MERGED for each in runs)
 
 
 # The operator.
 
 
-@pytest.mark.parametrize("causal", [False, True])
-def test_the_operators_pass_the_checks_of_torch(causal: bool) -> None:
-    case = Case(lengths=[(5, 8), (0, 2), (6, 6)], heads=(4, 2), causal=causal, behind=1)
+def test_the_operators_pass_the_checks_of_torch() -> None:
+    case = Case(lengths=[(5, 8), (0, 2), (6, 6)], heads=(4, 2), causal=True, behind=1)
     q, k, v, grad_out = case.tensors(behind=3.0)
     pack = case.pack()
     out, lse = attention._forward_op(q, k, v, *pack)
@@ -386,7 +388,9 @@ def check_kernel(pack: Pack, *tensors: torch.Tensor) -> None:
     for cu, longest in ((pack.cu_q, pack.max_q), (pack.cu_k, pack.max_k)):
         assert cu.dtype == torch.int32
         assert int(cu.diff().max()) <= longest
-    assert pack.max_q > 1, "flash-attention takes it for decoding"
+    assert pack.max_q > 1, "flash-attention takes 1 for decoding"
+    assert pack.max_k > 0
+    assert all(each.numel() for each in tensors)
     assert all(each.stride(-1) == 1 for each in tensors)
 
 
@@ -422,6 +426,7 @@ KERNEL_CASES = [
     Case(lengths=[(0, 3)], behind=2),
     Case(lengths=[(3, 0)], behind=2),
     Case(lengths=[(3, 0)]),
+    Case(lengths=[(0, 3)]),
 ]
 
 
@@ -474,7 +479,7 @@ def test_on_cuda_nothing_waits_for_the_device(heads: tuple[int, int], causal: bo
         pack = Pack(cu, cu, 24, 30, causal, 0.1)
         out, lse = attention._forward(q, k, v, *pack)
         grads = attention._backward(torch.empty_like(out), q, k, v, out, lse, *pack)
-        for found, like in zip((out, lse, *grads), (*attention._empty_outputs(q), q, k, v), strict=True):
+        for found, like in zip((out, lse, *grads), (*empty_outputs(q), q, k, v), strict=True):
             assert (found.shape, found.dtype, found.device) == (like.shape, like.dtype, like.device)
             assert found.is_contiguous()
         choose.setenv("ROBOLAKE_CHECK", "1")
@@ -484,14 +489,14 @@ def test_on_cuda_nothing_waits_for_the_device(heads: tuple[int, int], causal: bo
 
 def test_arguments_follow_what_torch_has_parameters_for() -> None:
     pack = Case(lengths=[(2, 2)], causal=True, scale=0.5).pack()
-    newest = attention._parameters(varlen.varlen_attn)
-    assert attention._torch_options(newest, pack, grouped=True) == {
+    newest = kernels._parameters(varlen.varlen_attn)
+    assert kernels._torch_options(newest, pack, grouped=True) == {
         "scale": 0.5,
         "window_size": (-1, 0),
         "enable_gqa": True,
     }
-    assert attention._torch_options({"is_causal"}, pack, grouped=True) == {"scale": 0.5, "is_causal": True}
-    assert attention._torch_options({"is_causal"}, pack._replace(causal=False), grouped=True) == {"scale": 0.5}
+    assert kernels._torch_options({"is_causal"}, pack, grouped=True) == {"scale": 0.5, "is_causal": True}
+    assert kernels._torch_options({"is_causal"}, pack._replace(causal=False), grouped=True) == {"scale": 0.5}
 
 
 # flash-attn, through operators with the signatures that 2.8.3 gives its own.

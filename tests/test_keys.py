@@ -138,7 +138,7 @@ def test_a_checkpoint_gives_the_golden_loss_and_comes_back_byte_by_byte(
     parameters, loss = reference(family, dtype)
     assert same(dict(model.named_parameters()), parameters)
     assert loss_of(family, model) == loss
-    assert loss == pytest.approx(golden_loss(family), abs=1e-5 if dtype == torch.float32 else 5e-2)
+    assert loss == pytest.approx(golden_loss(family), abs=1e-5 if dtype == torch.float32 else 2e-3)
     kept = load_file(tmp_path / "kept" / PASSTHROUGH)
     assert sorted(kept) == sorted(prefix + each for each in [*UNUSED[family], *[HEAD[family]] * (stored == "untied")])
     assert json.loads((tmp_path / "kept" / RECORD).read_text())["layout"] == layout
@@ -256,7 +256,7 @@ def test_a_checkpoint_is_imported_to_bfloat16_to_be_served(family: str, stored: 
     assert same(dict(model.named_parameters()), rounded)
     actions = model.sample(pack_inputs(config, golden_samples(family)[:1]))[:1]
     wanted = under(family, "outputs/")["sampled_actions" if family == "pi05" else "0/sampled_actions"][:1]
-    assert (actions - wanted).norm() < 0.05 * wanted.norm()
+    assert (actions - wanted).norm() < 0.005 * wanted.norm()
 
 
 # ------------------------------------------------------------------------------------------------------- refused

@@ -79,6 +79,7 @@ def inputs_of(batch: Batch, config: ModelConfig, *, categories: tuple[int, ...] 
         counts = counts * batch.action_valid_BH[:, :, None]
     category_B = batch.embodiment_B
     if categories is not None:
+        _check_categories(categories, config)
         category_B = torch.tensor(categories, device=key_B.device)[category_B]
     return Inputs(
         images_ISSC=batch.images_ISSC,
@@ -114,13 +115,22 @@ def check_sizes(batch: Batch, config: ModelConfig) -> None:
         raise ValueError(f"the batch does not fit the model: {'; '.join(wrong)}. Give the loader the model's sizes")
 
 
+def _check_categories(categories: tuple[int, ...], config: ModelConfig) -> None:
+    if isinstance(config, Pi05Config):
+        return
+    if wrong := [each for each in categories if not 0 <= each < config.categories]:
+        raise ValueError(
+            f"categories {wrong} are not among the model's 0 ... {config.categories - 1}; map them to those"
+        )
+
+
 def uniforms(key_B: torch.Tensor, shape: tuple[int, ...], *, stream: int) -> torch.Tensor:
     """Return float32 numbers in (0, 1) of each key: [B, *shape]; the same on every device."""
     count = int(torch.Size(shape).numel())
     counter = torch.arange(count, device=key_B.device)
     words = _mix(_bits(key_B, stream)[:, None], counter)
-    # 24 bits, at the middle of their intervals: neither 0 nor 1 comes out.
-    return (((words >> 40) & 0xFFFFFF).float() + 0.5).mul(2.0**-24).unflatten(1, shape)
+    # 23 bits, at the middle of their intervals, which float32 holds exactly: neither 0 nor 1 comes out.
+    return (((words >> 41) & 0x7FFFFF).float() + 0.5).mul(2.0**-23).unflatten(1, shape)
 
 
 def normals(key_B: torch.Tensor, shape: tuple[int, ...], *, stream: int) -> torch.Tensor:
