@@ -2,6 +2,7 @@
 
 import json
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,20 @@ TINY = {
     "discover": ["--episodes", 3000, "--new", 100, "--batch", 1000],
     "ingest": ["--source", G1, "--frames", 300, "--bare-frames", 120, "--small", 2],
     "loader": ["--source", G1, "--seconds", 1, "--repeats", 1, "--no-peer", "--horizon", 8],
+    "model": [
+        "--tokens",
+        1024,
+        "--packs",
+        1,
+        "--repeats",
+        1,
+        "--compiled",
+        "off",
+        "--precisions",
+        "none",
+        "emulate",
+        "te",
+    ],
     "order": ["--episodes", 300, "--frames", 90_000, "--lanes", 4, "--windows", 8, "--repeats", 1],
     "packing": ["--episodes", 60, "--windows", 2],
     "scan": ["--source", G1, "--frames", 32, "--batch", 16, "--block", 16, "--repeats", 1],
@@ -24,6 +39,7 @@ RATIOS = {
     "discover": ["episodes_per_s"],
     "ingest": ["ratio"],
     "loader": ["of_decoder", "of_decoder_s3"],
+    "model": ["packed_over_padded", "all_over_published", "emulate_over_none", "samples_per_s"],
     "order": ["planning_samples_per_s", "start_peak_above_imports_mib"],
     "packing": ["fill_tokens", "fill_images"],
     "scan": ["ratio", "ratio_s3", "ratio_block"],
@@ -46,6 +62,33 @@ def test_bench(name: str) -> None:
     kept = json.loads((ROOT / report["rows"]).read_text())
     assert kept["rows"]
     assert kept["numbers"] == report["numbers"]
+
+
+def test_the_model_runs_where_there_is_little_else_than_torch() -> None:
+    absent = ("ray", "lance", "pyarrow", "obstore", "tyro", "torchao", "av", "cv2", "simplejpeg", "fsspec")
+    program = (
+        f"import sys; sys.modules.update(dict.fromkeys({absent}))\n"
+        "from jobs.bench.__main__ import main\n"
+        "sys.argv = ['jobs.bench', 'model', '--tokens', '1024', '--packs', '1', '--repeats', '1', '--compiled', 'off',\n"
+        "            '--precisions', 'none', 'torchao', '--no-eager', '--model', 'groot_n15_tiny']\n"
+        "main()"
+    )
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    report = last_json(done.stdout)
+    assert report["numbers"]["packed_over_padded"] > 0
+    rows = json.loads((ROOT / report["rows"]).read_text())["rows"]
+    assert [row.get("left_out", "")[:30] for row in rows][-1], "torchao is not there"
+    losses = [row["loss"] for row in rows if "loss" in row]
+    assert len(losses) == 2
+
+
+def test_a_model_or_device_that_is_not_there_is_one_clear_line() -> None:
+    done = run_module("jobs.bench", "model", "--model", "pi0")
+    assert done.returncode == 1
+    assert done.stderr.startswith("ValueError: no model is called 'pi0'; there are pi05, groot_n15, pi05_tiny")
+    done = run_module("jobs.bench", "model", "--device", "cuda", CUDA_VISIBLE_DEVICES="")
+    assert done.stderr.startswith("ValueError: there is no CUDA device")
 
 
 def test_an_unknown_name_lists_the_known_ones() -> None:

@@ -79,7 +79,7 @@ def run(config: Config) -> dict[str, Any]:
         print(rows[-1], file=sys.stderr, flush=True)
     num_tokens = sum(each.tokens(work.config) for each in work.lengths)
     useful = num_tokens / (len(work.packs) * work.budgets.tokens)
-    numbers = _ratios(rows) | {
+    numbers = _ratios([row for row in rows if "left_out" not in row]) | {
         "samples": len(work.lengths),
         "fill_tokens": useful,
         "tflop_per_step": flops / 1e12,
@@ -179,6 +179,6 @@ def _ratios(rows: list[dict[str, Any]]) -> dict[str, Any]:
     }
     if ratios["packed_over_padded"] is None:
         ratios["packed_over_padded"] = ratios["packed_over_padded_compiled"]
-    for precision in {row["precision"] for row in rows} - {"none"}:
+    for precision in sorted({row["precision"] for row in rows} - {"none"}):
         ratios[f"{precision}_over_none"] = over(rate(compiled=on, precision=precision), best)
     return ratios
