@@ -1,6 +1,6 @@
-"""Compiled models: one graph for every pack of the same budgets, and the numbers of the models that are not compiled."""
+"""Compiled models: one graph for every pack of the same budgets, with the numbers of models that are not compiled."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import cache
 
@@ -17,6 +17,7 @@ from train.models.build import build
 from train.models.checkpointing import MODES
 from train.models.compiling import compile_layers, layers_of
 from train.models.config import CONFIGS, GrootConfig, ModelConfig
+from train.models.flow import Loss
 from train.models.groot import Groot
 from train.models.inputs import Inputs
 from train.models.pi05 import Pi05
@@ -74,7 +75,7 @@ def packs(config: ModelConfig) -> list[Inputs]:
     ]
 
 
-def run(model: Pi05 | Groot, call: torch.nn.Module, inputs: Inputs) -> Step:
+def run(model: Pi05 | Groot, call: Callable[[Inputs], Loss], inputs: Inputs) -> Step:
     model.zero_grad()
     loss = call(inputs)
     loss.mean.backward()
@@ -141,7 +142,7 @@ def test_one_graph_serves_every_packing_with_fp8_and_layers_computed_again(
 
 
 KINDS = {"pi05": 4, "groot_n15": 5}
-"""Of layers: those of the tower, of each stream and the last of the first; of GR00T, two of the diffusion transformer."""
+"""Of layers; pi-0.5 has a last one of images and text, GR00T two of its diffusion transformer."""
 
 
 @pytest.mark.parametrize(

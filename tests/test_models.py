@@ -21,6 +21,7 @@ from goldens import (
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from train.fp8_inference import quantise
 from train.made import Sample, padded_inputs
 from train.models.build import build, config_named
 from train.models.checkpointing import MODES
@@ -29,6 +30,7 @@ from train.models.flow import Loss
 from train.models.inputs import Inputs
 from train.models.padded import padded
 from train.packing import Budgets
+from train.precision import PrecisionConfig
 
 ORDERS = list(itertools.permutations(range(3)))
 SPLITS = [[[0, 1, 2]], [[0, 1], [2]], [[2, 0], [1]], [[1], [2], [0]]]
@@ -263,6 +265,16 @@ def test_a_bound_on_tokens_changes_nothing(family: str) -> None:
     wanted = model(inputs).sample_B
     model.max_tokens = max(len(each.ids) for each in samples)
     assert torch.equal(model(inputs).sample_B, wanted)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_weights_in_blocks_of_fp8_give_nearly_the_same_actions(family: str) -> None:
+    config, samples, model = config_of(family), golden_samples(family), golden_model(family)
+    report = quantise(model, PrecisionConfig(backend="block", min_features=16))
+    assert 0.01 < report.total.relative_error < 0.05
+    assert report.total.bytes_after < 0.3 * report.total.bytes_before
+    found, wanted = model.sample(pack_inputs(config, samples))[:3], golden_actions(family)
+    assert 1e-4 < relative(found, wanted) < 0.1
 
 
 # ----------------------------------------------------------------------------------- the published layout, padded

@@ -23,7 +23,7 @@ def layers_of(model: Pi05 | Groot) -> Iterator[nn.Module]:
         yield from model.dit.blocks
 
 
-def compile_layers(model: Pi05 | Groot) -> None:
+def compile_layers(model: Pi05 | Groot, *, backend: str = "inductor") -> None:
     """Compile each layer in place, without graph breaks; packs of the same budgets share the graphs."""
     for layer in layers_of(model):
-        layer.compile(fullgraph=True, dynamic=False)
+        layer.compile(fullgraph=True, dynamic=False, backend=backend)
