@@ -8,7 +8,6 @@ import pytest
 import torch
 from goldens import FAMILIES, config_of, golden_model, golden_samples, pack_inputs
 from torch._dynamo.testing import CompileCounterWithBackend
-from torch._dynamo.utils import counters
 
 from train.freezing import PRESETS, freeze
 from train.made import Lengths, packed_inputs, random_sample
@@ -83,7 +82,7 @@ def run(model: Pi05 | Groot, call: Callable[[Inputs], Loss], inputs: Inputs) -> 
     return loss.mean.detach(), loss.sample_B, grads
 
 
-def assert_equal(found: Step, wanted: Step, *, tolerance: float) -> None:
+def assert_equal(found: Step, wanted: Step, *, tolerance: float = 1e-5) -> None:
     """Fail where losses or gradients differ by more than a share of the largest of a tensor."""
     assert found[2].keys() == wanted[2].keys()
     for name, (a, b) in {
@@ -103,12 +102,12 @@ def eager_steps(model: Pi05 | Groot) -> list[tuple[Inputs, Step]]:
     return steps
 
 
-def assert_whole_compiles(model: Pi05 | Groot, *, backend: str = "aot_eager", tolerance: float = 1e-5) -> None:
+def assert_whole_compiles(model: Pi05 | Groot) -> None:
     """Fail where a model breaks its graph, has more than one, or gives other numbers."""
-    steps, counter = eager_steps(model), CompileCounterWithBackend(backend)
+    steps, counter = eager_steps(model), CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(model, fullgraph=True, backend=counter)
     for inputs, wanted in steps:
-        assert_equal(run(model, compiled, inputs), wanted, tolerance=tolerance)
+        assert_equal(run(model, compiled, inputs), wanted)
     assert counter.frame_count == 1
 
 
@@ -145,6 +144,9 @@ KINDS = {"pi05": 4, "groot_n15": 5}
 """Of layers; pi-0.5 has a last one of images and text, GR00T two of its diffusion transformer."""
 
 
+# What goes into a layer is no leaf. The compiler looks at its .grad, and hides the warning where warnings are shown, which
+# is too late where they are errors.
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
 @pytest.mark.parametrize(
     ("family", "compute", "again", "fp8"),
     [
@@ -164,7 +166,7 @@ def test_layers_that_are_alike_share_one_graph(family: str, compute: str, again:
     compile_layers(model)
     with torch.compiler.set_stance("default", force_backend=counter):
         for inputs, wanted in steps:
-            assert_equal(run(model, model, inputs), wanted, tolerance=1e-5)
+            assert_equal(run(model, model, inputs), wanted)
     assert counter.frame_count == KINDS[family]
 
 
@@ -183,19 +185,9 @@ def test_layers_are_those_that_hold_nearly_all_weights() -> None:
 @pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
 @pytest.mark.parametrize("family", FAMILIES)
 def test_inductor_gives_the_numbers_of_the_goldens(family: str) -> None:
-    model, samples = golden_model(family), golden_samples(family)
-    inputs = pack_inputs(model.config, samples)
-    wanted = run(model, model, inputs)
-    compiled = torch.compile(model, fullgraph=True)
-    assert_equal(run(model, compiled, inputs), wanted, tolerance=1e-4)
-    # The same sizes, packed otherwise.
-    other = pack_inputs(model.config, samples[::-1])
-    assert_equal(run(model, compiled, other), run(model, model, other), tolerance=1e-4)
-    assert counters["stats"]["unique_graphs"] == 1
-
-
-@pytest.mark.slow
-@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
-def test_inductor_compiles_grouped_products_of_bfloat16() -> None:
-    # Roundings differ where products are fused, and dropout does not.
-    assert_whole_compiles(made(small("groot_n15", "bfloat16")), backend="inductor", tolerance=0.1)
+    model, samples, counter = golden_model(family), golden_samples(family), CompileCounterWithBackend("inductor")
+    compiled = torch.compile(model, fullgraph=True, backend=counter)
+    # Of the same sizes, and packed otherwise.
+    for inputs in (pack_inputs(model.config, samples), pack_inputs(model.config, samples[::-1])):
+        assert_equal(run(model, compiled, inputs), run(model, model, inputs), tolerance=1e-4)
+    assert counter.frame_count == 1

@@ -18,7 +18,6 @@ from train.optimizer import OptimizerConfig, clip_gradients, learning_rate, make
 from train.plan import OrderConfig, PackConfig
 from train.precision import PrecisionConfig, precision_context
 from train.samples import SampleConfig
-from train.tokens import WordTokenizer
 
 TOKENS = 800
 """Of a pack: two samples of the G1, which has one camera."""
@@ -32,8 +31,8 @@ def g1_release(folder: Path, source: Path) -> Release:
 
 
 def tiny(family: Literal["pi05", "groot_n15"]) -> ModelConfig:
-    """Return a tiny model's configuration that fits the text of the stand-in tokenizer."""
-    return replace(CONFIGS[f"{family}_tiny"], vocab=WordTokenizer().vocab_size)
+    """Return a tiny model's configuration."""
+    return CONFIGS[f"{family}_tiny"]
 
 
 def config_for(model: ModelConfig, *, tokens: int = TOKENS, **order: object) -> LoaderConfig:
@@ -45,7 +44,7 @@ def config_for(model: ModelConfig, *, tokens: int = TOKENS, **order: object) -> 
     """
     return LoaderConfig(
         order=replace(OrderConfig(lanes=1, validation_fraction=0.2), **order),  # type: ignore[arg-type]
-        packs=PackConfig(family=model.family, tokens=tokens),  # type: ignore[arg-type]
+        packs=PackConfig(family=model.family, tokens=tokens, vocab=model.vocab),  # type: ignore[arg-type]
         sample=SampleConfig(horizon=model.horizon, image_size=model.vision.image_size),
         read=ReadConfig(threads=2),
     )
@@ -63,7 +62,7 @@ def validation_packs(release: Release, model: ModelConfig) -> list[Inputs]:
         return [inputs_of(batch, model) for batch in loader if batch.num_samples]
 
 
-def train(
+def train_model(
     model: nn.Module, packs: Sequence[Inputs], optimizer: OptimizerConfig, precision: PrecisionConfig
 ) -> list[float]:
     """Train a model whose precision was applied, a step on each pack; return the loss of each."""
