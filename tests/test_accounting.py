@@ -15,7 +15,7 @@ from train.accounting import Part, Sample, forward_flops, mfu, peak_flops, sampl
 from train.freezing import PRESETS, freeze
 from train.made import Lengths, packed_inputs, random_sample
 from train.models.build import build
-from train.models.checkpointing import MODES
+from train.models.checkpointing import checkpoint_activations
 from train.models.config import CONFIGS, GrootConfig, ModelConfig, Pi05Config, VisionConfig
 from train.models.groot import Groot
 from train.models.inputs import Inputs
@@ -200,7 +200,7 @@ def test_a_step_computes_what_is_counted(family: str, parts: tuple[str, ...]) ->
 
 def test_layers_computed_again_are_not_counted() -> None:
     model = build(SMALL["pi05"], seed=0)
-    model.run = MODES["layers"]
+    checkpoint_activations(model, "layers")
     inputs = inputs_for(model.config, CASES)
     found = trained(model, inputs)
     assert found.total > 1.1 * step_flops(model.config, samples_of(model.config, CASES))

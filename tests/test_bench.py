@@ -69,8 +69,8 @@ def test_the_model_runs_where_there_is_little_else_than_torch() -> None:
     program = (
         f"import sys; sys.modules.update(dict.fromkeys({absent}))\n"
         "from jobs.bench.__main__ import main\n"
-        "sys.argv = ['jobs.bench', 'model', '--tokens', '1024', '--packs', '1', '--repeats', '1',\n"
-        "            '--compiled', 'off', '--precisions', 'none', 'torchao', '--no-eager', '--model', 'groot_n15_tiny']\n"
+        "sys.argv = ['jobs.bench', 'model', '--tokens', '1024', '--packs', '1', '--repeats', '1', '--no-eager',\n"
+        "            '--compiled', 'off', '--precisions', 'none', 'torchao', '--model', 'groot_n15_tiny']\n"
         "main()"
     )
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=False)

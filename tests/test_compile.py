@@ -13,7 +13,7 @@ from train.freezing import PRESETS, freeze
 from train.made import Lengths, packed_inputs, random_sample
 from train.models.blocks import AdaRmsNorm, CategoryLinear, Embedding
 from train.models.build import build
-from train.models.checkpointing import MODES
+from train.models.checkpointing import checkpoint_activations
 from train.models.compiling import compile_layers, layers_of
 from train.models.config import CONFIGS, GrootConfig, ModelConfig
 from train.models.flow import Loss
@@ -113,7 +113,7 @@ def assert_whole_compiles(model: Pi05 | Groot) -> None:
 
 def changed(model: Pi05 | Groot, *, again: bool = False, fp8: bool = False, frozen: str = "none") -> Pi05 | Groot:
     freeze(model, PRESETS[model.config.family][frozen])
-    model.run = MODES["layers" if again else "none"]
+    checkpoint_activations(model, "layers" if again else "none")
     if fp8:
         assert apply_precision(model, PrecisionConfig(backend="emulate", min_features=16)).converted
     return model
@@ -144,8 +144,8 @@ KINDS = {"pi05": 4, "groot_n15": 5}
 """Of layers; pi-0.5 has a last one of images and text, GR00T two of its diffusion transformer."""
 
 
-# What goes into a layer is no leaf. The compiler looks at its .grad, and hides the warning where warnings are shown, which
-# is too late where they are errors.
+# What goes into a layer is no leaf. The compiler looks at its .grad, and hides the warning where it would be shown: too
+# late where warnings are errors.
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
 @pytest.mark.parametrize(
     ("family", "compute", "again", "fp8"),

@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves
 
 from train.freezing import PRESETS, freeze, frozen_parts
 from train.lora import LoraConfig, add_lora
-from train.models.checkpointing import MODES
+from train.models.checkpointing import MODES, checkpoint_activations
 from train.models.config import Pi05Config
 from train.models.groot import Groot
 from train.models.initial import initialise
@@ -148,7 +148,7 @@ def test_an_unknown_part_is_refused_with_the_known_ones_and_nothing_is_frozen(fa
 def test_nothing_before_the_first_trained_part_has_a_graph(family: str, preset: str, mode: str) -> None:
     parts = PRESETS[family][preset]
     model = frozen(family, parts)
-    model.run = MODES[mode]
+    checkpoint_activations(model, mode)
     found, ran = outputs_with_history(model, modules_of(model, parts))
     assert not found
     # The same look finds graphs where everything is trained.

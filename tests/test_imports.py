@@ -26,7 +26,7 @@ def test_importing_the_lake_is_light() -> None:
     seen = python(
         "import json, sys, time\n"
         "began = time.process_time()\nimport lance\nmiddle = time.process_time()\n"
-        "before = set(sys.modules)\nimport lake\nend = time.process_time()\n"
+        "before = set(sys.modules)\nimport lake\nlake.Lake\nend = time.process_time()\n"
         "new = sorted({name.partition('.')[0] for name in set(sys.modules) - before})\n"
         "print(json.dumps({'lance_s': middle - began, 'lake_s': end - middle, 'new': new}))\n"
     )

@@ -4,11 +4,12 @@ from collections.abc import Sequence
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from lakes import add
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lake import Lake, Release
 from train.loader import LoaderConfig, ReadConfig, open_loader
@@ -87,3 +88,18 @@ def mean_loss(model: nn.Module, packs: Sequence[Inputs]) -> float:
     losses = [model(pack) for pack in packs]
     model.train()
     return (sum(each.total for each in losses) / sum(each.weight for each in losses)).item()
+
+
+class FloatProducts(TorchDispatchMode):
+    """Multiply matrices of bfloat16 in float32 and round the result, which is what units for bfloat16 do.
+
+    Processors without such units take several times as long by themselves.
+    """
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        if func in _PRODUCTS and args[-1].dtype == torch.bfloat16:
+            return func(*(each.float() for each in args), **(kwargs or {})).bfloat16()
+        return func(*args, **(kwargs or {}))
+
+
+_PRODUCTS = (torch.ops.aten.mm.default, torch.ops.aten.addmm.default, torch.ops.aten.bmm.default)

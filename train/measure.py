@@ -13,7 +13,7 @@ import torch
 from train.freezing import freeze
 from train.made import Lengths, packed_inputs, padded_inputs, random_sample
 from train.models.build import build
-from train.models.checkpointing import MODES
+from train.models.checkpointing import checkpoint_activations
 from train.models.compiling import compile_layers
 from train.models.config import ModelConfig
 from train.models.groot import Groot
@@ -117,7 +117,7 @@ def _model(work: Work, variant: Variant, device: str) -> tuple[Pi05 | Groot, Pre
     if variant.layout == "padded":
         assert variant.attention != "varlen"
         model.arrange = padded(variant.attention)
-    model.run = MODES["layers" if variant.again else "none"]
+    checkpoint_activations(model, "layers" if variant.again else "none")
     is_tiny = work.config.width < 1024
     precision = PrecisionConfig(backend=variant.precision, min_features=16 if is_tiny else None)  # type: ignore[arg-type]
     if variant.precision != "none":

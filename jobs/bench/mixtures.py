@@ -33,8 +33,10 @@ _WORDS = (
     *("cup", "bowl", "plate", "drawer", "microwave", "towel", "bottle", "into", "from", "onto", "carefully", "and"),
 )
 _NUM_TASKS, _TASK_WORDS = 200, (2, 16)
-_CAMERAS = ((1, 7), (2, 14), (3, 26))
-"""Views, and dimensions of the state, of the made sources."""
+STATES = (7, 14, 26)
+"""Dimensions of the states of made sources with 1, 2 and 3 views: an arm, two arms, a humanoid's upper body."""
+ARMS = (7, 8, 14)
+"""Likewise: an arm, LIBERO's arm with its gripper, two arms of ALOHA."""
 MIXTURES = {"40/40/20": (0.4, 0.4, 0.2), "60/30/10": (0.6, 0.3, 0.1)}
 _SEED = 0
 
@@ -50,11 +52,15 @@ class Episodes:
     tasks: Sequence[Sequence[str]]
 
 
-def made(num_episodes: int) -> list[Episodes]:
-    """Return sources of 1, 2 and 3 cameras with instructions of all lengths."""
+def made(num_episodes: int, *, states: tuple[int, int, int] = STATES) -> list[Episodes]:
+    """Return sources of 1, 2 and 3 cameras with instructions of all lengths.
+
+    Args:
+        states: dimensions of their states.
+    """
     rng = np.random.default_rng(_SEED)
     sources: list[Episodes] = []
-    for views, state_dim in _CAMERAS:
+    for views, state_dim in enumerate(states, start=1):
         texts = [[" ".join(rng.choice(_WORDS, rng.integers(*_TASK_WORDS)))] for _ in range(_NUM_TASKS)]
         sources.append(
             Episodes(

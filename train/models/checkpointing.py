@@ -1,8 +1,9 @@
 """Activation checkpointing: computing a layer again in the backward pass in place of keeping what it computed."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
+from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 Run = Callable[..., Any]
@@ -20,5 +21,13 @@ def again(layer: Callable[..., Any], *arguments: Any) -> Any:
     return checkpoint(layer, *arguments, use_reentrant=False, preserve_rng_state=False)
 
 
-MODES: dict[str, Run] = {"none": plainly, "layers": again}
-"""What ``model.run`` may be, by name."""
+Mode = Literal["none", "layers"]
+MODES: dict[Mode, Run] = {"none": plainly, "layers": again}
+"""What runs each layer, by name."""
+
+
+def checkpoint_activations(model: nn.Module, mode: Mode) -> None:
+    """Choose what the layers of a model keep for the backward pass: all (none), or what goes in alone (layers)."""
+    for module in model.modules():
+        if hasattr(module, "run"):
+            module.run = MODES[mode]  # type: ignore[assignment]

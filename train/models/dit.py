@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from train.models.blocks import ExactLinear, LayerNorm, Linear, log_spaced, sinusoids, wide, wide_type
+from train.models.checkpointing import Run, plainly
 from train.models.inputs import dropout
 from train.models.packed import Attention
 
@@ -142,6 +143,7 @@ class Dit(nn.Module):
 
     def __init__(self, size: int, *, heads: int, layers: int, other: int, out: int) -> None:
         super().__init__()
+        self.run: Run = plainly
         self.time = TimeEncoder(size)
         self.blocks = nn.ModuleList(
             [DitBlock(size, heads, other if at % 2 == 0 else None) for at in range(layers)],
@@ -167,6 +169,6 @@ class Dit(nn.Module):
         time_BN = self.time(step_B, wide_type(x_BRN.dtype))
         for at, block in enumerate(self.blocks):
             each = None if drop is None else Dropout(seeds=drop[0][at], probability=drop[1])
-            x_BRN = block(x_BRN, time_BN, vl, each)
+            x_BRN = self.run(block, x_BRN, time_BN, vl, each)
         shift, scale = self.modulation(F.silu(time_BN))[:, None].chunk(2, dim=-1)
         return self.out((wide(self.norm(x_BRN)) * (1 + scale) + shift).to(x_BRN.dtype))

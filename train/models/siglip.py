@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from train.models.blocks import Embedding, ExactLinear, LayerNorm, Linear, wide
+from train.models.checkpointing import Run, plainly
 from train.models.config import VisionConfig
 
 
@@ -38,6 +39,7 @@ class Siglip(nn.Module):
     def __init__(self, config: VisionConfig) -> None:
         super().__init__()
         self.config = config
+        self.run: Run = plainly
         self.patch = ExactLinear(3 * config.patch**2, config.width)
         self.position = Embedding(config.tokens, config.width)
         self.layers = nn.ModuleList([SiglipLayer(config) for _ in range(config.layers)])
@@ -55,5 +57,5 @@ class Siglip(nn.Module):
         patches = patches.permute(0, 1, 3, 5, 2, 4).flatten(3).flatten(1, 2)
         x = (self.patch(patches) + wide(self.position.weight)).to(dtype)
         for layer in self.layers:
-            x = layer(x)
+            x = self.run(layer, x)
         return self.norm(x)
