@@ -13,6 +13,10 @@ from support import G1
 
 from jobs.store import Store, local_store
 
+# Before torch is imported. Small products gain nothing from a second thread, and lose much where it waits for a core
+# that others use.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--g1", default=str(G1), help="the g1_bottle dataset to test with; the cut one by default")

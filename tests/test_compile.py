@@ -151,7 +151,7 @@ KINDS = {"pi05": 4, "groot_n15": 5}
     ("family", "compute", "again", "fp8"),
     [
         ("pi05", "float32", False, False),
-        ("groot_n15", "bfloat16", True, True),
+        pytest.param("groot_n15", "bfloat16", True, True, marks=pytest.mark.slow),
         pytest.param("pi05", "bfloat16", True, True, marks=pytest.mark.slow),
         pytest.param("groot_n15", "float32", False, False, marks=pytest.mark.slow),
     ],
