@@ -173,6 +173,7 @@ def _ratios(rows: list[dict[str, Any]]) -> dict[str, Any]:
     best = rate(compiled=on)
     ratios = {
         "packed_over_padded": over(rate(), rate(**padded)),
+        "packed_over_padded_eager": over(rate(), rate(**eager)),
         "packed_over_padded_compiled": over(rate(compiled=True), rate(**padded, compiled=True)),
         "attention_over_eager": over(rate(**padded), rate(**eager)),
         "attention_over_eager_computed_again": over(rate(**padded), rate(**eager, again=True)),
