@@ -19,6 +19,9 @@ _BLOCK = 128
 _MERGED = 1 << 20
 """Scores that merged segments may have: as many as fit in a processor's cache."""
 
+_FUSED = 64
+"""Features of a head up to which torch's fused kernel for CPUs is faster than plain products."""
+
 
 class _Run(NamedTuple):
     """N neighbouring segments of equal lengths, or a part of the queries of a causal one."""
@@ -85,6 +88,10 @@ def _scores(q_run: torch.Tensor, k_run: torch.Tensor, run: _Run, pack: Pack) -> 
     return scores
 
 
+def _is_fused(q: torch.Tensor, pack: Pack) -> bool:
+    return q.device.type == "cpu" and q.shape[2] <= _FUSED and not pack.causal
+
+
 def forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, pack: Pack) -> Tensors:
     """Return (out, lse): zeros and infinity where a query sees no key."""
     num_kv, out_type = k.shape[1], q.dtype
@@ -95,13 +102,18 @@ def forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, pack: Pack) -> Te
     for run in _runs(*bounds(q, k, pack), num_heads=q.shape[1], causal=pack.causal):
         q_run = _matrices(_rows(q, num_kv, run))
         k_run, v_run = (_matrices(_rows(each, num_kv, run, keys=True)) for each in (k, v))
-        scores = _scores(q_run, k_run, run, pack)
-        largest = scores.amax(-1, keepdim=True)
-        weights = scores.sub_(largest).exp_()
-        total = weights.sum(-1, keepdim=True)
-        for into, values in ((out, torch.bmm(weights, v_run).div_(total)), (lse_view, largest + total.log())):
+        if _is_fused(q, pack):
+            each = (x[:, None] for x in (q_run, k_run, v_run))
+            found = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*each, scale=pack.scale)  # noqa: SLF001 (what returns lse)
+        else:
+            scores = _scores(q_run, k_run, run, pack)
+            largest = scores.amax(-1, keepdim=True)
+            weights = scores.sub_(largest).exp_()
+            total = weights.sum(-1, keepdim=True)
+            found = torch.bmm(weights, v_run).div_(total), largest + total.log()
+        for into, values in zip((out, lse_view), found, strict=True):
             rows = _rows(into, num_kv, run)
-            rows.copy_(values.view(rows.shape))
+            rows.copy_(values.reshape(rows.shape))
     return out.to(out_type), lse
 
 
@@ -119,14 +131,20 @@ def backward(grad_out: torch.Tensor, qkv: Tensors, out: torch.Tensor, lse: torch
             _matrices(_rows(each, num_kv, run)) for each in (q, grad_out, out, lse_view)
         )
         k_run, v_run = (_matrices(_rows(each, num_kv, run, keys=True)) for each in (k, v))
-        weights = _scores(q_run, k_run, run, pack).sub_(lse_run).exp_()
-        along = (grad_run * out_run).sum(-1, keepdim=True)
-        grad_scores = torch.bmm(grad_run, v_run.mT).sub_(along).mul_(weights).mul_(pack.scale)
-        for into, values, keys in (
-            (dq, torch.bmm(grad_scores, k_run), False),
-            (dk, torch.bmm(grad_scores.mT, q_run), True),
-            (dv, torch.bmm(weights.mT, grad_run), True),
-        ):
+        if _is_fused(q, pack):
+            each = (x[:, None] for x in (grad_run, q_run, k_run, v_run, out_run))
+            call = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward  # noqa: SLF001 (of the forward)
+            grads = call(*each, lse_run.mT, 0.0, False, scale=pack.scale)  # noqa: FBT003 (torch's order)
+        else:
+            weights = _scores(q_run, k_run, run, pack).sub_(lse_run).exp_()
+            along = (grad_run * out_run).sum(-1, keepdim=True)
+            grad_scores = torch.bmm(grad_run, v_run.mT).sub_(along).mul_(weights).mul_(pack.scale)
+            grads = (
+                torch.bmm(grad_scores, k_run),
+                torch.bmm(grad_scores.mT, q_run),
+                torch.bmm(weights.mT, grad_run),
+            )
+        for into, values, keys in zip((dq, dk, dv), grads, (False, True, True), strict=True):
             rows = _rows(into, num_kv, run, keys=keys)
-            rows.add_(values.view(rows.shape))
+            rows.add_(values.reshape(rows.shape))
     return tuple(each.to(qkv[0].dtype) for each in (dq, dk, dv))
