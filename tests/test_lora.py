@@ -13,6 +13,7 @@ from torch.distributed.fsdp import fully_shard
 
 from train.lora import LoraConfig, LoraLinear, add_lora, load_lora_state_dict, lora_state_dict, merge_lora
 from train.models.blocks import GatedMlp, Linear
+from train.models.checkpointing import MODES
 from train.optimizer import OptimizerConfig, make_optimizer
 
 HEADS, KV_HEADS, SIZE = 4, 1, 8
@@ -243,6 +244,21 @@ def test_dropout_is_for_training_only() -> None:
     rows = module(x)
     assert not torch.equal(rows[0], rows[1])
     torch.testing.assert_close(rows.mean(0), module.eval()(x)[0], rtol=0.2, atol=0.2)
+
+
+def test_dropout_is_the_same_where_layers_are_computed_again() -> None:
+    found = []
+    for run in MODES.values():
+        torch.manual_seed(0)
+        model = Model()
+        add_lora(model, replace(CONFIG, dropout=0.5))
+        train(model)
+        torch.manual_seed(2)
+        model.zero_grad()
+        run(model.expert[0], run(model.prefix[0], model.enter(x_of()))).square().mean().backward()
+        found.append({name: each.grad for name, each in model.named_parameters() if each.requires_grad})
+    assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
+    assert len(found[0]) == 2 * len(NAMES)
 
 
 def test_adapters_follow_the_mode_of_the_model() -> None:

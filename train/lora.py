@@ -116,7 +116,7 @@ def add_lora(model: nn.Module, config: LoraConfig) -> list[str]:
         linear.requires_grad_(requires_grad=False)
         adapted = LoraLinear(linear, rank=config.rank_of(name), scale=config.scale_of(name), dropout=config.dropout)
         _fill_a(adapted.lora_a, seed=config.seed, name=name)
-        _put(model, name, adapted.train(linear.training))
+        model.set_submodule(name, adapted.train(linear.training))
     return list(found)
 
 
@@ -131,7 +131,7 @@ def merge_lora(model: nn.Module) -> list[str]:
     for name, module in merged.items():
         weight = module.base.weight
         weight.copy_(weight.float() + module.scale * (module.lora_b.float() @ module.lora_a.float()))
-        _put(model, name, module.base)
+        model.set_submodule(name, module.base)
     return list(merged)
 
 
@@ -162,11 +162,6 @@ def load_lora_state_dict(model: nn.Module, state: Mapping[str, torch.Tensor]) ->
 
 def _adapted(model: nn.Module) -> dict[str, LoraLinear]:
     return {name: module for name, module in model.named_modules() if isinstance(module, LoraLinear)}
-
-
-def _put(model: nn.Module, name: str, module: nn.Module) -> None:
-    owner, _, child = name.rpartition(".")
-    setattr(model.get_submodule(owner), child, module)
 
 
 def _fill_a(lora_a: nn.Parameter, *, seed: int, name: str) -> None:

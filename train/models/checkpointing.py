@@ -17,8 +17,8 @@ def plainly(layer: Callable[..., Any], *arguments: Any) -> Any:
 
 def again(layer: Callable[..., Any], *arguments: Any) -> Any:
     """Run a layer, keeping what goes in alone; the backward pass runs it again."""
-    # Nothing here draws from a generator: dropout is keyed.
-    return checkpoint(layer, *arguments, use_reentrant=False, preserve_rng_state=False)
+    # The models' own dropout is keyed, but adapters draw theirs from a generator.
+    return checkpoint(layer, *arguments, use_reentrant=False, preserve_rng_state=True)
 
 
 Mode = Literal["none", "layers"]
