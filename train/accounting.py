@@ -50,6 +50,8 @@ class Part:
     """Operations of products with weights."""
     attention: float = 0.0
     """Operations of attention."""
+    remembered: float = 0.0
+    """Of the linear ones, those on images and text alone, which sampling does once."""
 
     @property
     def total(self) -> float:
@@ -76,10 +78,12 @@ def forward_flops(config: ModelConfig, sample: Sample) -> dict[str, Part]:
 def sampling_flops(config: ModelConfig, sample: Sample, *, steps: int | None = None) -> float:
     """Return the operations of sampling one action chunk: images and text once, the action stream at each step."""
     steps = steps or config.sampling_steps
-    parts = forward_flops(config, sample)
-    # The diffusion transformer projects images and text to keys and values at each step anew.
     repeated = ("expert", "projector", "dit")
-    return sum(part.total * (steps if name in repeated else 1) for name, part in parts.items())
+    total = 0.0
+    for name, part in forward_flops(config, sample).items():
+        once = part.remembered if name in repeated else part.total
+        total += once + steps * (part.total - once)
+    return total
 
 
 def step_flops(config: ModelConfig, samples: Iterable[Sample], *, frozen: Collection[str] = ()) -> float:
@@ -180,6 +184,8 @@ def _groot_head(config: GrootConfig, sample: Sample) -> dict[str, Part]:
     return {
         "projector": Part(linear=2.0 * (state + actions + decoder)),
         "dit": Part(
-            linear=2.0 * (per_row * rows + per_token * sample.tokens + per_sample), attention=4.0 * pairs * size
+            linear=2.0 * (per_row * rows + per_token * sample.tokens + per_sample),
+            attention=4.0 * pairs * size,
+            remembered=2.0 * per_token * sample.tokens,
         ),
     }

@@ -12,8 +12,9 @@ import numpy.typing as npt
 
 Words = npt.NDArray[np.uint64]
 
-_STEP = np.uint64(0x9E3779B97F4A7C15)
-_FIRST, _SECOND = np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB)
+STEP = np.uint64(0x9E3779B97F4A7C15)
+FIRST, SECOND = np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB)
+"""Of the hash, for ``train.models.inputs`` too, which computes it on tensors."""
 _ROUNDS = np.arange(6, dtype=np.uint64)
 
 
@@ -28,7 +29,7 @@ def mix(key: int | Words, counter: Words) -> Words:
     Source: the output function of SplitMix64 (Steele, Lea and Flood, 2014), once for the counter, and once more with
     the key in it, since a sum of key and counter alone would make neighbouring keys shifted copies of each other.
     """
-    return _finish(_finish(counter * _STEP + _STEP) ^ np.asarray(key, np.uint64))
+    return _finish(_finish(counter * STEP + STEP) ^ np.asarray(key, np.uint64))
 
 
 def permute(key: int | Words, size: int | Words, index: Words) -> Words:
@@ -64,17 +65,17 @@ def _network(round_keys: Words, low: Words, high: Words, value: Words) -> Words:
     for number, keys in enumerate(round_keys):
         # Keys of rounds are hashes, so no two are near enough for the sums to repeat one another.
         if number % 2 == 0:
-            left = (left + _finish(right * _STEP + keys) % low) % low
+            left = (left + _finish(right * STEP + keys) % low) % low
         else:
-            right = (right + _finish(left * _STEP + keys) % high) % high
+            right = (right + _finish(left * STEP + keys) % high) % high
     return left + low * right
 
 
 def _finish(word: Words) -> Words:
     """Finish a word in place: callers pass what is theirs alone."""
     word ^= word >> np.uint64(30)
-    word *= _FIRST
+    word *= FIRST
     word ^= word >> np.uint64(27)
-    word *= _SECOND
+    word *= SECOND
     word ^= word >> np.uint64(31)
     return word

@@ -6,6 +6,7 @@ rotations in float32.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -32,7 +33,7 @@ class Linear(nn.Linear):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Project [..., in] to [..., out], in the type of x."""
-        return F.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
+        return _project(self, x)
 
 
 class ExactLinear(nn.Linear):
@@ -40,7 +41,22 @@ class ExactLinear(nn.Linear):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Project [..., in] to [..., out], in the type of x."""
-        return F.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
+        return _project(self, x)
+
+
+def _project(module: nn.Linear, x: torch.Tensor) -> torch.Tensor:
+    return F.linear(x, module.weight.to(x.dtype), None if module.bias is None else module.bias.to(x.dtype))
+
+
+def split_heads(x: torch.Tensor, counts: Sequence[int]) -> tuple[torch.Tensor, ...]:
+    """Cut [T, all heads x D] into parts of some heads each: [T, heads, D]."""
+    return x.unflatten(-1, (sum(counts), -1)).split(list(counts), dim=1)
+
+
+def attend_all(qkv_BRN: torch.Tensor, heads: int) -> torch.Tensor:
+    """Return what the rows of each sample gather from all of its rows [B, R, N], from their fused projection."""
+    q, k, v = qkv_BRN.unflatten(-1, (3, heads, -1)).permute(2, 0, 3, 1, 4).unbind()
+    return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
 
 
 class Embedding(nn.Embedding):

@@ -11,17 +11,30 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from train.models.blocks import ExactLinear, LayerNorm, Linear, log_spaced, sinusoids, wide, wide_type
+from train.models.blocks import (
+    ExactLinear,
+    LayerNorm,
+    Linear,
+    attend_all,
+    log_spaced,
+    sinusoids,
+    split_heads,
+    wide,
+    wide_type,
+)
 from train.models.checkpointing import Run, plainly
 from train.models.inputs import dropout
-from train.models.packed import Attention
+from train.models.packed import Attention, KeysValues
 
 _TIME_FEATURES = 256
+
+Vl = tuple[torch.Tensor | KeysValues, Attention]
+"""Images and text [T, other], or a block's keys and values of them, and which rows attend to which."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Dropout:
-    """Dropout of one block in training, keyed by rows; a block has four places for it."""
+    """Dropout of one block in training, keyed by rows."""
 
     seeds: torch.Tensor
     """int64 [T], or [B, R]: of each row in this block."""
@@ -70,7 +83,7 @@ class VlBlock(nn.Module):
 
     def forward(self, x_TN: torch.Tensor, segments: Attention, drop: Dropout | None) -> torch.Tensor:
         """Return [T, N] from [T, N]."""
-        q, k, v = self.qkv(self.norm1(x_TN)).unflatten(-1, (3, self.heads, -1)).unbind(1)
+        q, k, v = split_heads(self.qkv(self.norm1(x_TN)), [self.heads] * 3)
         mixed = self.out(segments.attend(q, k, v).flatten(1))
         x_TN = x_TN + (mixed if drop is None else drop.attention(mixed))
         return x_TN + self.ff(self.norm2(x_TN), drop)
@@ -113,29 +126,30 @@ class DitBlock(nn.Module):
         self,
         x_BRN: torch.Tensor,
         time_BN: torch.Tensor,
-        vl: tuple[torch.Tensor, Attention],
+        vl: Vl,
         drop: Dropout | None,
     ) -> torch.Tensor:
         """Return [B, R, N].
 
         Args:
             time_BN: of the time encoder.
-            vl: images and text [T, other], and which rows attend to which.
         """
         scale, shift = self.modulation(F.silu(time_BN))[:, None].chunk(2, dim=-1)
-        y = (wide(self.norm1(x_BRN)) * (1 + scale) + shift).to(x_BRN.dtype)
-        mixed = self.out(self._cross(y, *vl) if self.is_cross else self._self(y))
+        y = _modulated(self.norm1(x_BRN), scale, shift)
+        mixed = self.out(self._cross(y, vl) if self.is_cross else attend_all(self.qkv(y), self.heads))
         x_BRN = x_BRN + (mixed if drop is None else drop.attention(mixed))
         return x_BRN + self.ff(self.norm2(x_BRN), drop)
 
-    def _cross(self, y_BRN: torch.Tensor, vl_TN: torch.Tensor, segments: Attention) -> torch.Tensor:
-        q = self.q(y_BRN).flatten(0, 1).unflatten(-1, (self.heads, -1))
-        k, v = self.kv(vl_TN).unflatten(-1, (2, self.heads, -1)).unbind(1)
-        return segments.attend(q, k, v).reshape(y_BRN.shape)
+    def remember(self, vl_TN: torch.Tensor) -> KeysValues:
+        """Return the keys and values of images and text, which do not depend on the time."""
+        k, v = split_heads(self.kv(vl_TN), [self.heads, self.heads])
+        return k, v
 
-    def _self(self, y_BRN: torch.Tensor) -> torch.Tensor:
-        q, k, v = self.qkv(y_BRN).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind()
-        return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+    def _cross(self, y_BRN: torch.Tensor, vl: Vl) -> torch.Tensor:
+        (q,) = split_heads(self.q(y_BRN).flatten(0, 1), [self.heads])
+        seen, segments = vl
+        k, v = self.remember(seen) if isinstance(seen, torch.Tensor) else seen
+        return segments.attend(q, k, v).reshape(y_BRN.shape)
 
 
 class Dit(nn.Module):
@@ -156,19 +170,32 @@ class Dit(nn.Module):
         self,
         x_BRN: torch.Tensor,
         step_B: torch.Tensor,
-        vl: tuple[torch.Tensor, Attention],
+        vl: Sequence[Vl],
         drop: tuple[Sequence[torch.Tensor], float] | None,
     ) -> torch.Tensor:
         """Return [B, R, out].
 
         Args:
             step_B: the time's integer step.
-            vl: images and text, and which rows attend to which.
+            vl: what each block sees of images and text; blocks of self-attention do not look.
             drop: seeds [B, R] of each block, and probability of dropout.
         """
         time_BN = self.time(step_B, wide_type(x_BRN.dtype))
-        for at, block in enumerate(self.blocks):
+        for at, (block, seen) in enumerate(zip(self.blocks, vl, strict=True)):
             each = None if drop is None else Dropout(seeds=drop[0][at], probability=drop[1])
-            x_BRN = self.run(block, x_BRN, time_BN, vl, each)
+            x_BRN = self.run(block, x_BRN, time_BN, seen, each)
         shift, scale = self.modulation(F.silu(time_BN))[:, None].chunk(2, dim=-1)
-        return self.out((wide(self.norm(x_BRN)) * (1 + scale) + shift).to(x_BRN.dtype))
+        return self.out(_modulated(self.norm(x_BRN), scale, shift))
+
+    def remember(self, vl: Vl) -> list[Vl]:
+        """Return what each block sees, with its keys and values computed: for several passes over the same."""
+        seen, segments = vl
+        assert isinstance(seen, torch.Tensor)
+        return [
+            (block.remember(seen), segments) if isinstance(block, DitBlock) and block.is_cross else vl
+            for block in self.blocks
+        ]
+
+
+def _modulated(x_BRN: torch.Tensor, scale_B1N: torch.Tensor, shift_B1N: torch.Tensor) -> torch.Tensor:
+    return (wide(x_BRN) * (1 + scale_B1N) + shift_B1N).to(x_BRN.dtype)

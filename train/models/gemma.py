@@ -10,7 +10,7 @@ head. Source: openpi, models_pytorch/gemma_pytorch.py.
 import torch
 from torch import nn
 
-from train.models.blocks import AdaRmsNorm, GatedMlp, Linear, RmsNorm, Rotary
+from train.models.blocks import AdaRmsNorm, GatedMlp, Linear, RmsNorm, Rotary, split_heads
 from train.models.config import Pi05Config
 from train.models.packed import KeysValues, Layout
 
@@ -32,8 +32,7 @@ class PrefixLayer(nn.Module):
 
     def forward(self, x_TN: torch.Tensor, rotary: Rotary, layout: Layout) -> tuple[torch.Tensor, KeysValues]:
         """Return ([T, N], keys and values)."""
-        qkv = self.qkv(self.norm1(x_TN)).unflatten(-1, (sum(self.split), -1))
-        q, k, v = qkv.split(self.split, dim=1)
+        q, k, v = split_heads(self.qkv(self.norm1(x_TN)), self.split)
         k, v = rotary.rotate(k), v.contiguous()
         x_TN = x_TN + self.out(layout.prefix(rotary.rotate(q), k, v).flatten(1))
         return x_TN + self.mlp(self.norm2(x_TN)), (k, v)
@@ -53,7 +52,7 @@ class LastPrefixLayer(nn.Module):
 
     def forward(self, x_TN: torch.Tensor, rotary: Rotary) -> KeysValues:
         """Return keys and values."""
-        k, v = self.kv(self.norm1(x_TN)).unflatten(-1, (2 * self.kv_heads, -1)).split(self.kv_heads, dim=1)
+        k, v = split_heads(self.kv(self.norm1(x_TN)), [self.kv_heads, self.kv_heads])
         return rotary.rotate(k), v.contiguous()
 
 
@@ -80,8 +79,7 @@ class ExpertLayer(nn.Module):
     ) -> torch.Tensor:
         """Return [B, H, N]; ``before`` are the keys and values of the same layer of images and text."""
         y, gate = self.norm1(x_BHN, condition_BN)
-        qkv = self.qkv(y).flatten(0, 1).unflatten(-1, (sum(self.split), -1))
-        q, k, v = qkv.split(self.split, dim=1)
+        q, k, v = split_heads(self.qkv(y).flatten(0, 1), self.split)
         mixed = layout.suffix(rotary.rotate(q), before, (rotary.rotate(k), v))
         x_BHN = x_BHN + gate * self.out(mixed.reshape(*x_BHN.shape[:2], -1))
         y, gate = self.norm2(x_BHN, condition_BN)

@@ -4,6 +4,8 @@ Shapes: T tokens of images and text, B samples, H actions of a chunk, A and D di
 of the action stream, N features. Source: Isaac-GR00T n1.5, model/action_head/flow_matching_action_head.py.
 """
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -23,7 +25,7 @@ from train.models.blocks import (
 )
 from train.models.checkpointing import Run, plainly
 from train.models.config import GrootConfig
-from train.models.dit import Dit, Dropout, VlBlock
+from train.models.dit import Dit, Dropout, Vl, VlBlock
 from train.models.flow import Loss, squared_error
 from train.models.inputs import Inputs, row_seeds
 from train.models.packed import Arrange, Pack, embed, packed
@@ -109,12 +111,13 @@ class Groot(nn.Module):
         mix_B11 = inputs.time_B[:, None, None]
         noisy_BHA = (1 - mix_B11) * inputs.noise_BHA + mix_B11 * inputs.action_BHA
         step_B = (inputs.time_B * _TIME_STEPS).long()
-        velocity_BHA = self.velocity(noisy_BHA, step_B, (pack, vl_TN))
+        vl = [(vl_TN, pack.from_stream(self.config.action_tokens))] * self.config.dit_layers
+        velocity_BHA = self.velocity(noisy_BHA, step_B, (pack, vl))
         return squared_error(velocity_BHA, inputs.action_BHA - inputs.noise_BHA, inputs.weight_BHA)
 
     @torch.no_grad()
     def sample(self, inputs: Inputs, *, steps: int | None = None) -> torch.Tensor:
-        """Return actions [B, H, A], normalised; images and text are read once.
+        """Return actions [B, H, A], normalised; images and text are read once, as are their keys and values.
 
         Args:
             inputs: with the noise to begin at; actions and time are not read.
@@ -123,10 +126,11 @@ class Groot(nn.Module):
         steps = steps or self.config.sampling_steps
         pack = self.arrange(inputs, self.max_tokens)
         vl_TN = self.attend(pack, self.backbone(pack))
+        vl = self.dit.remember((vl_TN, pack.from_stream(self.config.action_tokens)))
         actions_BHA = inputs.noise_BHA
         for step in range(steps):
             step_B = torch.full_like(inputs.category_B, int(step / steps * _TIME_STEPS))
-            actions_BHA = actions_BHA + self.velocity(actions_BHA, step_B, (pack, vl_TN)) / steps
+            actions_BHA = actions_BHA + self.velocity(actions_BHA, step_B, (pack, vl)) / steps
         return actions_BHA
 
     def backbone(self, pack: Pack) -> torch.Tensor:
@@ -150,10 +154,10 @@ class Groot(nn.Module):
         return x_TN
 
     def velocity(
-        self, noisy_BHA: torch.Tensor, step_B: torch.Tensor, context: tuple[Pack, torch.Tensor]
+        self, noisy_BHA: torch.Tensor, step_B: torch.Tensor, context: tuple[Pack, Sequence[Vl]]
     ) -> torch.Tensor:
         """Return the predicted velocity, towards data: float32 [B, H, A]."""
-        pack, vl_TN = context
+        pack, vl = context
         config, inputs = self.config, pack.inputs
         groups = group(inputs.category_B, config.categories)
         order_B, inverse_B = groups.order_B, groups.inverse_B
@@ -166,7 +170,7 @@ class Groot(nn.Module):
         rows_BR = torch.arange(x_BRN.shape[1], device=step_B.device).expand(x_BRN.shape[:2])
         seeds_BR = self._seeds(inputs.seed_B, samples_BR, rows_BR, self.dit.blocks)
         drop = None if seeds_BR is None else (seeds_BR, config.dropout)
-        x_BRN = self.dit(x_BRN, step_B, (vl_TN, pack.from_stream(config.action_tokens)), drop)
+        x_BRN = self.dit(x_BRN, step_B, vl, drop)
         # Only actions are decoded.
         actions_BHN = x_BRN[:, -config.horizon :]
         return wide(self.action_decoder(actions_BHN[order_B], groups)[inverse_B])

@@ -9,12 +9,13 @@ actions of a chunk.
 
 from dataclasses import dataclass, fields
 
+import numpy as np
 import torch
 
+from train import keyed
 from train.batch import Batch
 from train.models.config import ModelConfig, Pi05Config
 
-_STEP, _FIRST, _SECOND = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
 _NOISE_STREAM, _TIME_STREAM, _DROPOUT_STREAM = 1, 2, 3
 _BETA_ALPHA = 1.5
 
@@ -50,7 +51,7 @@ class Inputs:
     noise_BHA: torch.Tensor
     """float32, from a normal distribution."""
     time_B: torch.Tensor
-    """float32: from Beta(1.5, 1), not yet scaled as the model wants it."""
+    """float32: between noise and data, as the model counts it."""
 
     def to(self, device: torch.device | str) -> "Inputs":
         """Return the inputs on a device, copied without waiting where the memory is pinned."""
@@ -181,12 +182,12 @@ def _hash32(words: torch.Tensor) -> torch.Tensor:
 
 def _mix(key: torch.Tensor, counter: torch.Tensor) -> torch.Tensor:
     """Return ``train.keyed.mix`` of the same bits, as int64."""
-    return _finish(_finish(counter * _signed(_STEP) + _signed(_STEP)) ^ key)
+    return _finish(_finish(counter * _signed(keyed.STEP) + _signed(keyed.STEP)) ^ key)
 
 
 def _finish(words: torch.Tensor) -> torch.Tensor:
-    words = (words ^ _shifted(words, 30)) * _signed(_FIRST)
-    words = (words ^ _shifted(words, 27)) * _signed(_SECOND)
+    words = (words ^ _shifted(words, 30)) * _signed(keyed.FIRST)
+    words = (words ^ _shifted(words, 27)) * _signed(keyed.SECOND)
     return words ^ _shifted(words, 31)
 
 
@@ -199,5 +200,5 @@ def _shifted(words: torch.Tensor, by: int) -> torch.Tensor:
     return (words >> by) & ((1 << (64 - by)) - 1)
 
 
-def _signed(word: int) -> int:
-    return word - (1 << 64) if word >> 63 else word
+def _signed(word: np.uint64) -> int:
+    return int(word.astype(np.int64))

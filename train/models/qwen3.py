@@ -6,7 +6,7 @@ Shapes: T tokens, N features. Source: transformers, models/qwen3.
 import torch
 from torch import nn
 
-from train.models.blocks import GatedMlp, Linear, RmsNorm, Rotary
+from train.models.blocks import GatedMlp, Linear, RmsNorm, Rotary, split_heads
 from train.models.config import GrootConfig
 from train.models.packed import Attention
 
@@ -30,8 +30,7 @@ class Qwen3Layer(nn.Module):
 
     def forward(self, x_TN: torch.Tensor, rotary: Rotary, segments: Attention) -> torch.Tensor:
         """Return [T, N] from [T, N]."""
-        qkv = self.qkv(self.norm1(x_TN)).unflatten(-1, (sum(self.split), -1))
-        q, k, v = qkv.split(self.split, dim=1)
+        q, k, v = split_heads(self.qkv(self.norm1(x_TN)), self.split)
         q, k = rotary.rotate(self.q_norm(q)), rotary.rotate(self.k_norm(k))
         x_TN = x_TN + self.out(segments.attend(q, k, v, causal=True).flatten(1))
         return x_TN + self.mlp(self.norm2(x_TN))

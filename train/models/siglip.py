@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from train.models.blocks import Embedding, ExactLinear, LayerNorm, Linear, wide
+from train.models.blocks import Embedding, ExactLinear, LayerNorm, Linear, attend_all, wide
 from train.models.checkpointing import Run, plainly
 from train.models.config import VisionConfig
 
@@ -27,9 +27,7 @@ class SiglipLayer(nn.Module):
 
     def forward(self, x_IPN: torch.Tensor) -> torch.Tensor:
         """Return [I, P, N] from [I, P, N]."""
-        q, k, v = self.qkv(self.norm1(x_IPN)).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind()
-        mixed = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
-        x_IPN = x_IPN + self.out(mixed)
+        x_IPN = x_IPN + self.out(attend_all(self.qkv(self.norm1(x_IPN)), self.heads))
         return x_IPN + self.fc2(F.gelu(self.fc1(self.norm2(x_IPN)), approximate="tanh"))
 
 
