@@ -76,14 +76,9 @@ def config_of(family: str) -> ModelConfig:
     )
 
 
-def make(config: ModelConfig) -> Pi05 | Groot:
-    """Return an empty model of a configuration."""
-    return build(config)
-
-
 def golden_model(family: str) -> Pi05 | Groot:
     """Return a model with the golden's weights."""
-    model, weights = make(config_of(family)), under(family, "weights/")
+    model, weights = build(config_of(family)), under(family, "weights/")
     parameters = dict(model.named_parameters())
     names = key_map(model).parameters
     assert names.keys() == parameters.keys()
@@ -96,7 +91,7 @@ def golden_model(family: str) -> Pi05 | Groot:
 
 def golden_grads(family: str) -> dict[str, torch.Tensor]:
     """Return the golden's gradients by the names of our parameters."""
-    model, grads = make(config_of(family)), under(family, "grads/")
+    model, grads = build(config_of(family)), under(family, "grads/")
     shapes = {name: each.shape for name, each in model.named_parameters()}
     return {
         name: torch.cat([grads[each].reshape(len(grads[each]), *shapes[name][1:]) for each in theirs])

@@ -7,11 +7,11 @@ from typing import Any
 import pytest
 import torch
 from support import G1
-from tiny_training import FloatProducts, g1_release, mean_loss, tiny, train_model, training_packs, validation_packs
+from tiny_training import FloatProducts, g1_release, mean_loss, train_model, training_packs, validation_packs
 
 from lake import Release
 from train import fp8_emulated
-from train.models.build import build
+from train.models.build import build, config_named
 from train.models.config import ModelConfig, Pi05Config
 from train.models.inputs import Inputs
 from train.optimizer import OptimizerConfig
@@ -57,7 +57,7 @@ def scaled_by(power: int) -> Callable[..., torch.Tensor]:
 
 
 def test_200_steps_of_pi05_end_within_two_per_cent(release: Release, monkeypatch: pytest.MonkeyPatch) -> None:
-    config = tiny("pi05")
+    config = config_named("pi05_tiny")
     assert isinstance(config, Pi05Config)
     config = replace(config, mlp=256, loss_dims="real")
     packs, held_out = training_packs(release, config, STEPS), validation_packs(release, config)
@@ -76,7 +76,7 @@ def test_200_steps_of_pi05_end_within_two_per_cent(release: Release, monkeypatch
 
 
 def test_steps_of_groot_stay_within_two_per_cent(release: Release) -> None:
-    config = replace(tiny("groot_n15"), compute="float32")
+    config = replace(config_named("groot_n15_tiny"), compute="float32")
     packs = training_packs(release, config, FEW)
     _, losses = trained(config, PrecisionConfig(), packs, FEW)
     _, rounded = trained(config, EMULATE, packs, FEW)
@@ -86,7 +86,7 @@ def test_steps_of_groot_stay_within_two_per_cent(release: Release) -> None:
 
 
 def test_torchao_gives_the_gradients_of_emulation(release: Release) -> None:
-    config = replace(tiny("pi05"), compute="float32")
+    config = replace(config_named("pi05_tiny"), compute="float32")
     pack = training_packs(release, config, 1)[0]
     found = {}
     for backend in ("none", "emulate", "torchao"):

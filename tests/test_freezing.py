@@ -6,13 +6,14 @@ from typing import Any
 
 import pytest
 import torch
-from goldens import FAMILIES, config_of, golden_model, golden_samples, make, pack_inputs
+from goldens import FAMILIES, config_of, golden_model, golden_samples, pack_inputs
 from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._pytree import tree_leaves
 
 from train.freezing import PRESETS, freeze, frozen_parts
 from train.lora import LoraConfig, add_lora
+from train.models.build import build
 from train.models.checkpointing import MODES, checkpoint_activations
 from train.models.config import Pi05Config
 from train.models.groot import Groot
@@ -179,7 +180,7 @@ def test_what_is_frozen_keeps_nothing_for_the_backward_pass(family: str) -> None
     else:
         assert kept["vlm"] < kept["published"] < whole
         least, deeper = "vlm", replace(config, layers=6, vision=replace(config.vision, layers=6))
-    model = make(deeper)
+    model = build(deeper)
     initialise(model)
     assert saved_bytes(model) > whole
     freeze(model, PRESETS[family][least])
@@ -187,7 +188,7 @@ def test_what_is_frozen_keeps_nothing_for_the_backward_pass(family: str) -> None
 
 
 def test_dropout_of_a_frozen_part_is_off() -> None:
-    model = make(replace(config_of("groot_n15"), dropout=0.3))
+    model = build(replace(config_of("groot_n15"), dropout=0.3))
     model.load_state_dict(golden_model("groot_n15").state_dict())
     inputs = pack_inputs(model.config, golden_samples("groot_n15"))
     plain = golden_model("groot_n15")(inputs).total

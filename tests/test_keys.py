@@ -13,13 +13,14 @@ from pathlib import Path
 import pytest
 import torch
 from checkpoints import Tensors, check_round_trip, contents, loaded, without, write_one, write_sharded
-from goldens import FAMILIES, config_of, golden_model, golden_samples, make, pack_inputs, under
+from goldens import FAMILIES, config_of, golden_model, golden_samples, pack_inputs, under
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from lake.errors import CheckpointError
 from train.model_export import PASSTHROUGH, RECORD, Form, export
+from train.models.build import build
 from train.models.config import CONFIGS
 from train.models.keys import key_map
 from train.published import WHOLE, KeyMap, load_into, open_published
@@ -84,7 +85,7 @@ STORED: dict[str, Callable[[str, Tensors], Tensors]] = {
 
 @cache
 def names_of(family: str) -> KeyMap:
-    return key_map(make(config_of(family)))
+    return key_map(build(config_of(family)))
 
 
 @cache
@@ -132,7 +133,7 @@ def same(one: Tensors, other: Tensors) -> bool:
 def test_a_checkpoint_gives_the_golden_loss_and_comes_back_byte_by_byte(
     family: str, layout: str, stored: str, dtype: torch.dtype, tmp_path: Path
 ) -> None:
-    model, prefix = make(config_of(family)), PREFIXES[family, layout]
+    model, prefix = build(config_of(family)), PREFIXES[family, layout]
     path = write(tmp_path / "in", family, layout, STORED[stored](family, weights(family, dtype)))
     check_round_trip(path, key_map(model), model)
     parameters, loss = reference(family, dtype)
@@ -163,14 +164,14 @@ def test_tensors_of_different_dtypes_come_back_byte_by_byte(family: str, layout:
     }
     path = write(tmp_path / "in", family, layout, tensors)
     # Float64 holds the others.
-    check_round_trip(path, names_of(family), make(config_of(family)).double())
+    check_round_trip(path, names_of(family), build(config_of(family)).double())
 
 
 def test_the_names_that_time_had_in_pi0_are_those_of_pi05(tmp_path: Path) -> None:
     tensors = weights("pi05", torch.float32)
     older = {re.sub(r"^time_mlp_", "action_time_mlp_", name): tensor for name, tensor in tensors.items()}
     assert len(older.keys() - tensors.keys()) == 4
-    model = make(config_of("pi05"))
+    model = build(config_of("pi05"))
     check_round_trip(write_one(tmp_path / "in", older), key_map(model), model)
     assert same(dict(model.named_parameters()), reference("pi05", torch.float32)[0])
 
@@ -184,7 +185,7 @@ TRAINED = {"pi05": {"expert"}, "groot_n15": {"projector", "dit"}}
 def test_training_changes_what_is_trained_in_an_export_and_nothing_else(
     family: str, parts: str, dtype: torch.dtype, tmp_path: Path
 ) -> None:
-    model, names = make(config_of(family)), names_of(family)
+    model, names = build(config_of(family)), names_of(family)
     path = write_one(tmp_path / "in", weights(family, dtype), PREFIXES[family, "lerobot"])
     parameters = loaded(path, names, tmp_path / "kept", model)
     for part, modules in model.parts().items():
@@ -202,7 +203,7 @@ def test_training_changes_what_is_trained_in_an_export_and_nothing_else(
     trained = {each for name, weight in parameters.items() if weight.requires_grad for each in names.parameters[name]}
     trained |= {HEAD[family]} if parts == "all" else set()
     assert changed == {PREFIXES[family, "lerobot"] + name for name in trained}
-    again = make(config_of(family))
+    again = build(config_of(family))
     loaded(tmp_path / "out", names, model=again)
     loss = loss_of(family, model)
     assert loss_of(family, again) == loss != reference(family, dtype)[1]
@@ -220,7 +221,7 @@ def test_a_checkpoint_goes_to_the_other_layout_and_back(family: str, layout: str
         for to in (other, layout)
     )
     export(
-        loaded(first, names, tmp_path / "kept", make(config_of(family))).__getitem__,
+        loaded(first, names, tmp_path / "kept", build(config_of(family))).__getitem__,
         key_map=names,
         out=tmp_path / "second",
         passthrough=tmp_path / "kept",
@@ -233,7 +234,7 @@ def test_a_checkpoint_goes_to_the_other_layout_and_back(family: str, layout: str
     assert open_published(tmp_path / "second", names).layout == other
     assert len(contents(tmp_path / "second")) == (3 if other == "nvidia" else 1)
     export(
-        loaded(tmp_path / "second", names, tmp_path / "kept", make(config_of(family))).__getitem__,
+        loaded(tmp_path / "second", names, tmp_path / "kept", build(config_of(family))).__getitem__,
         key_map=names,
         out=tmp_path / "third",
         passthrough=tmp_path / "kept",
@@ -249,7 +250,7 @@ def test_a_checkpoint_goes_to_the_other_layout_and_back(family: str, layout: str
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_checkpoint_is_imported_to_bfloat16_to_be_served(family: str, stored: torch.dtype, tmp_path: Path) -> None:
     config = replace(config_of(family), compute="bfloat16")
-    model = make(config).to(torch.bfloat16).eval()
+    model = build(config).to(torch.bfloat16).eval()
     path = write(tmp_path / "in", family, next(iter(names_of(family).layouts)), weights(family, stored))
     load_into(model, open_published(path, key_map(model)))
     rounded = {name: each.bfloat16() for name, each in reference(family, torch.bfloat16)[0].items()}
@@ -308,11 +309,11 @@ def test_a_checkpoint_without_any_one_tensor_is_refused_where_the_model_uses_it(
 def test_a_checkpoint_of_another_size_is_refused(family: str, tmp_path: Path) -> None:
     config = config_of(family)
     path = write_one(tmp_path / "in", weights(family, torch.float32))
-    fewer = key_map(make(replace(config, layers=config.layers - 1)))
+    fewer = key_map(build(replace(config, layers=config.layers - 1)))
     layer = f"language_model.{'model.' if family == 'groot_n15' else ''}layers.{config.layers - 1}"
     with pytest.raises(CheckpointError, match=rf"not known .*{layer}\..* the configuration that the checkpoint was"):
         open_published(path, fewer)
-    wider = key_map(make(replace(config, mlp=config.mlp + 8)))
+    wider = key_map(build(replace(config, mlp=config.mlp + 8)))
     with pytest.raises(CheckpointError, match=r"misshapen .*mlp\.gate_proj\.weight is .* the configuration that"):
         open_published(path, wider)
 
@@ -373,8 +374,7 @@ def published_rest(family: str) -> dict[str, tuple[int, ...]]:
 
 @LAYOUTS
 def test_a_checkpoint_of_the_published_size_is_accounted_for(family: str, layout: str, tmp_path: Path) -> None:
-    with torch.device("meta"):
-        model = make(CONFIGS[family])
+    model = build(CONFIGS[family], device="meta")
     names, rest = key_map(model), published_rest(family)
     assert sorted(re.sub(r"layers\.17", "layers.2", name) for name in rest) == sorted(UNUSED[family])
     shapes = {name: shape for name, shape in names.published_shapes().items() if name != EMBEDDING[family]}

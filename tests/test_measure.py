@@ -14,13 +14,11 @@ LENGTHS = ((Lengths(views=1, text=9), Lengths(views=3, text=4)), (Lengths(views=
 
 
 def work(family: str, *, frozen: tuple[str, ...] = ()) -> Work:
-    is_padded = family == "pi05"
     return Work(
         config=replace(config_of(family), compute="float32"),
         packs=LENGTHS,
         budgets=Budgets(tokens=40, images=5, samples=3),
-        padded_text=12 if is_padded else None,
-        padded_views=3 if is_padded else None,
+        padded_to=Lengths(views=3, text=12) if family == "pi05" else None,
         frozen=frozen,
     )
 

@@ -405,20 +405,18 @@ def large() -> Iterator[tuple[Path, dict[str, Any]]]:
 
 
 SCRIPT = """
-import json, os, re, sys, torch
+import json, os, sys, torch
 from pathlib import Path
+from train.memory import forget_peak, own_memory_mib
 from train.model_export import Form, export
 from train.published import KeyMap, load_into, open_published
 from train.tensorfile import TensorWriter, make_header
 
-def status(what):
-    return int(re.search(what + r":\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1]) << 10
-
 def growth(do):
-    Path("/proc/self/clear_refs").write_text("5")
-    before = status("VmRSS")
+    forget_peak()
+    before = own_memory_mib("VmRSS")
     do()
-    return status("VmHWM") - before
+    return int((own_memory_mib("VmHWM") - before) * 2**20)
 
 folder, shape = Path(sys.argv[1]), (8192, 4096)
 names = [f"w{at}" for at in range(6)]

@@ -14,7 +14,6 @@ from goldens import (
     golden_grads,
     golden_model,
     golden_samples,
-    make,
     pack_inputs,
     under,
 )
@@ -22,10 +21,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from train.fp8_inference import quantise
-from train.made import Sample, padded_inputs
+from train.made import Lengths, Sample, padded_inputs, random_sample
 from train.models.build import build, config_named
 from train.models.checkpointing import checkpoint_activations
-from train.models.config import CONFIGS, GrootConfig, ModelConfig
+from train.models.config import CONFIGS, ModelConfig
 from train.models.flow import Loss
 from train.models.inputs import Inputs
 from train.models.padded import padded
@@ -72,7 +71,7 @@ def relative(found: torch.Tensor, wanted: torch.Tensor) -> float:
 def exact_grads(family: str) -> Grads:
     """Return the golden's gradients in float64."""
     config, weights = config_of(family), golden_model(family).state_dict()
-    model = make(replace(config, compute="float64")).double()
+    model = build(replace(config, compute="float64")).double()
     model.load_state_dict(weights)
     return run_packs(model, [as_doubles(pack_inputs(config, golden_samples(family)))])[1]
 
@@ -160,7 +159,7 @@ def test_an_empty_pack_gives_zeros(family: str) -> None:
 def test_layers_computed_again_give_the_same(family: str) -> None:
     config = replace(config_of(family), dropout=0.3) if family == "groot_n15" else config_of(family)
     inputs = pack_inputs(config, golden_samples(family))
-    model = make(config)
+    model = build(config)
     model.load_state_dict(golden_model(family).state_dict())
     loss, grads, _ = run_packs(model, [inputs])
     checkpoint_activations(model, "layers")
@@ -171,7 +170,7 @@ def test_layers_computed_again_give_the_same(family: str) -> None:
 
 def test_dropout_is_the_same_in_any_pack_and_only_in_training() -> None:
     config = replace(config_of("groot_n15"), dropout=0.3)
-    model = make(config)
+    model = build(config)
     model.load_state_dict(golden_model("groot_n15").state_dict())
     samples = golden_samples("groot_n15")
     whole = pack_inputs(config, samples)
@@ -194,29 +193,10 @@ _CASES = st.lists(
 
 
 def made_samples(config: ModelConfig, cases: list[tuple[int, int]]) -> list[Sample]:
+    """Return samples of which some elements do not count."""
     rng = torch.Generator().manual_seed(len(cases) + 7 * sum(text for _, text in cases))
-    side, samples = config.vision.image_size, []
-    for at, (views, text) in enumerate(cases):
-        action = torch.randn(config.horizon, config.action_dim, generator=rng)
-        ids = torch.cat(
-            [
-                torch.full((views * config.vision.tokens,), -1),
-                torch.randint(0, config.vocab, (text,), generator=rng),
-            ]
-        )
-        samples.append(
-            Sample(
-                images=torch.randn(views, side, side, 3, generator=rng),
-                ids=ids,
-                action=action,
-                noise=torch.randn(action.shape, generator=rng),
-                time=0.1 + 0.8 * torch.rand((), generator=rng).item(),
-                weight=(torch.rand(action.shape, generator=rng) < 0.8).float(),
-                state=torch.randn(config.state_dim, generator=rng) if isinstance(config, GrootConfig) else None,
-                category=at % 4,
-            )
-        )
-    return samples
+    samples = [random_sample(config, Lengths(views=v, text=t), seed=at) for at, (v, t) in enumerate(cases)]
+    return [replace(each, weight=(torch.rand(each.weight.shape, generator=rng) < 0.8).float()) for each in samples]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -241,7 +221,7 @@ def test_packed_equals_one_at_a_time(family: str, cases: list[tuple[int, int]]) 
 @settings(max_examples=3, deadline=None)
 def test_packed_equals_one_at_a_time_in_bfloat16(family: str, cases: list[tuple[int, int]]) -> None:
     config = replace(config_of(family), compute="bfloat16")
-    model = make(config)
+    model = build(config)
     model.load_state_dict(golden_model(family).state_dict())
     samples = made_samples(config, cases)
     alone, grads, _ = run_packs(model, [pack_inputs(config, [each]) for each in samples])
@@ -283,7 +263,7 @@ def test_weights_in_blocks_of_fp8_give_nearly_the_same_actions(family: str) -> N
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 def test_the_padded_layout_gives_the_same_loss_and_gradients(attention: Any) -> None:
     config, samples = config_of("pi05"), golden_samples("pi05")
-    inputs = padded_inputs(config, samples, text=20, views=3)
+    inputs = padded_inputs(config, samples, to=Lengths(views=3, text=20))
     assert len(inputs.images_ISSC) == 9
     assert len(inputs.token_ids_T) == 3 * (3 * config.vision.tokens + 20)
     model = golden_model("pi05")
@@ -292,7 +272,7 @@ def test_the_padded_layout_gives_the_same_loss_and_gradients(attention: Any) -> 
     assert loss == pytest.approx(golden_loss("pi05"), abs=1e-5)
     assert all(relative(grads[name], each) < 1e-5 for name, each in golden_grads("pi05").items())
     with pytest.raises(ValueError, match="more than 1 views"):
-        padded_inputs(config, samples, text=20, views=1)
+        padded_inputs(config, samples, to=Lengths(views=1, text=20))
 
 
 def test_padded_samples_of_groot_see_padding_as_the_published_ones_do() -> None:

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from lakes import add
@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lake import Lake, Release
 from train.loader import LoaderConfig, ReadConfig, open_loader
-from train.models.config import CONFIGS, ModelConfig
+from train.models.config import ModelConfig
 from train.models.inputs import Inputs, inputs_of
 from train.optimizer import OptimizerConfig, clip_gradients, learning_rate, make_optimizer, set_learning_rate
 from train.plan import OrderConfig, PackConfig
@@ -29,11 +29,6 @@ def g1_release(folder: Path, source: Path) -> Release:
     lake = Lake.create(str(folder / "lake"))
     add(lake, source)
     return lake.make_release()
-
-
-def tiny(family: Literal["pi05", "groot_n15"]) -> ModelConfig:
-    """Return a tiny model's configuration."""
-    return CONFIGS[f"{family}_tiny"]
 
 
 def config_for(model: ModelConfig, *, tokens: int = TOKENS, **order: object) -> LoaderConfig:

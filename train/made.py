@@ -93,40 +93,35 @@ def packed_inputs(config: ModelConfig, samples: Sequence[Sample], budgets: Budge
     )
 
 
-def padded_inputs(
-    config: ModelConfig, samples: Sequence[Sample], *, text: int | None = None, views: int | None = None
-) -> Inputs:
+def padded_inputs(config: ModelConfig, samples: Sequence[Sample], *, to: Lengths | None = None) -> Inputs:
     """Return a batch of samples, each padded to as many tokens, for ``train.models.padded``.
 
     Args:
-        text: tokens of text that each is padded to; None pads behind each sample to the longest.
-        views: images that each is padded to, computed like any other.
+        to: views, computed like any other, and text that each is padded to; None pads behind each to the longest.
 
     Raises:
         ValueError: a sample has more.
     """
     per_view, num_samples = config.vision.tokens, len(samples)
-    longest = max(len(each.ids) for each in samples)
-    length = longest if text is None else (views or 0) * per_view + text
+    length = max(len(each.ids) for each in samples) if to is None else to.tokens(config)
     ids = torch.zeros(num_samples, length, dtype=torch.int32)
     valid = torch.zeros(num_samples, length, dtype=torch.bool)
     images, starts = [], []
     for row, each in enumerate(samples):
-        if text is None or views is None:
+        if to is None:
             place = torch.arange(len(each.ids))
             own = _image_starts(each.ids, per_view)
             images.append(each.images)
         else:
             # Images first, those that are missing too, text behind them: as openpi lays samples out.
-            if len(each.images) > views or int((each.ids >= 0).sum()) > text:
-                raise ValueError(f"a sample has more than {views} views or {text} tokens of text")
             is_text = each.ids >= 0
-            place = torch.where(is_text, views * per_view + is_text.cumsum(0) - 1, (~is_text).cumsum(0) - 1)
-            own = per_view * torch.arange(views)
-            images.append(_images(config, [each.images], views))
+            if len(each.images) > to.views or int(is_text.sum()) > to.text:
+                raise ValueError(f"a sample has more than {to.views} views or {to.text} tokens of text")
+            place = torch.where(is_text, to.views * per_view + is_text.cumsum(0) - 1, (~is_text).cumsum(0) - 1)
+            own = per_view * torch.arange(to.views)
+            images.append(_images(config, [each.images], to.views))
+            ids[row, : to.views * per_view] = -1
         ids[row, place] = each.ids.to(torch.int32)
-        if text is not None and views is not None:
-            ids[row, : views * per_view] = -1
         valid[row, place] = True
         starts += (row * length + own).tolist()
     budgets = Budgets(tokens=num_samples * length, images=len(starts), samples=num_samples)

@@ -1,17 +1,16 @@
 """Time training steps of a model: seconds, memory."""
 
 import gc
-import resource
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 import torch
 
 from train.freezing import freeze
 from train.made import Lengths, packed_inputs, padded_inputs, random_sample
+from train.memory import forget_peak, own_memory_mib
 from train.models.build import build
 from train.models.checkpointing import checkpoint_activations
 from train.models.compiling import compile_layers
@@ -48,10 +47,8 @@ class Work:
     packs: tuple[tuple[Lengths, ...], ...]
     """Samples of each pack."""
     budgets: Budgets
-    padded_text: int | None
-    """Tokens of text to which the published layout pads; None pads to the longest sample."""
-    padded_views: int | None
-    """Images to which the published layout pads; None leaves missing ones out."""
+    padded_to: Lengths | None
+    """What the published layout pads each sample to; None pads to the longest, and leaves missing images out."""
     frozen: tuple[str, ...] = ()
     """Parts that are not trained."""
 
@@ -134,14 +131,10 @@ def _batches(work: Work, variant: Variant) -> list[Inputs]:
     if variant.layout == "packed":
         return [packed_inputs(work.config, pack, work.budgets) for pack in packs]
     flat = [sample for pack in packs for sample in pack]
-    longest = max(len(each.ids) for each in flat)
-    length = longest
-    if work.padded_text is not None and work.padded_views is not None:
-        length = work.padded_views * work.config.vision.tokens + work.padded_text
-    size = max(1, work.budgets.tokens // length)
+    lengths = work.lengths if work.padded_to is None else [work.padded_to]
+    size = max(1, work.budgets.tokens // max(each.tokens(work.config) for each in lengths))
     return [
-        padded_inputs(work.config, flat[first : first + size], text=work.padded_text, views=work.padded_views)
-        for first in range(0, len(flat), size)
+        padded_inputs(work.config, flat[first : first + size], to=work.padded_to) for first in range(0, len(flat), size)
     ]
 
 
@@ -159,17 +152,11 @@ def _reset(device: str) -> None:
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
     else:
-        # Forget the highest memory of before.
-        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+        forget_peak()
 
 
 def _peak_bytes(device: str) -> int:
-    if device == "cuda":
-        return torch.cuda.max_memory_allocated()
-    for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
-        if line.startswith("VmHWM:"):
-            return int(line.split()[1]) * 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return torch.cuda.max_memory_allocated() if device == "cuda" else int(own_memory_mib("VmHWM") * 2**20)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -6,11 +6,11 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from jobs.bench.memory import own_memory_mib
 from lake import Lake
 from lake.images import decode_jpeg
 from train.augment import Augmentation
 from train.loader import LoaderConfig, OrderConfig, PackConfig, ReadConfig, SampleConfig, open_loader, open_parts
+from train.memory import own_memory_mib
 
 _WARM_PACKS = 8
 

@@ -64,12 +64,6 @@ def _family(root: int) -> list[int]:
     return family
 
 
-def own_memory_mib(field: str) -> float:
-    """Return a field of this process's status, as VmHWM, its peak; ``getrusage`` may give its parent's."""
-    status = Path("/proc/self/status").read_text(encoding="utf-8")
-    return int(status.partition(f"{field}:")[2].split()[0]) / 1024
-
-
 def _memory(pid: int) -> tuple[str, float] | None:
     """Return (name, MiB) of a process: what is its own, less the object store that all map."""
     try:

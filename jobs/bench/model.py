@@ -116,14 +116,16 @@ def _work(config: Config, device: str) -> Work:
         ]
         number += 1
     packs = packs[: config.packs]
-    longest = max(each.text for pack in packs for each in pack)
+    padded_to = None
+    if family.padded_text is not None and family.padded_views is not None:
+        # openpi cuts text off that is longer; here all of it is kept.
+        longest = max(each.text for pack in packs for each in pack)
+        padded_to = Lengths(views=family.padded_views, text=max(family.padded_text, longest))
     return Work(
         config=model,
         packs=tuple(packs),
         budgets=stream.budgets,
-        # openpi cuts text off that is longer; here all of it is kept.
-        padded_text=None if family.padded_text is None else max(family.padded_text, longest),
-        padded_views=family.padded_views,
+        padded_to=padded_to,
         frozen=config.frozen,
     )
 

@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from jobs.bench.memory import own_memory_mib
 from train.lanes import Costs, Stream
+from train.memory import own_memory_mib
 from train.order import SourceFrames, mixture, weights_by_size
 from train.packing import Kind, budgets_for
 from train.turns import Cursor, Position, Turns
